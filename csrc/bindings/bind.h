@@ -1,0 +1,17 @@
+// Every op's binding: arrays to Tensors, the GIL released, one call.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace mxmoe {
+
+void bind_rmsnorm(pybind11::module_& m);
+void bind_rope(pybind11::module_& m);
+void bind_linear(pybind11::module_& m);
+void bind_expert_routing(pybind11::module_& m);
+void bind_mxfp4_moe(pybind11::module_& m);
+void bind_sink_attention(pybind11::module_& m);
+void bind_embedding(pybind11::module_& m);
+void bind_quantize(pybind11::module_& m);
+
+}  // namespace mxmoe

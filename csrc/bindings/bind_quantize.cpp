@@ -1,0 +1,37 @@
+#include "bindings/bind.h"
+#include "bindings/tensor.h"
+#include "ops/quantize/quantize.h"
+
+namespace mxmoe {
+
+void bind_quantize(py::module_& m) {
+  m.def(
+      "mxfp4_dequantize",
+      [](const py::object& blocks, const py::object& scales, const py::object& out) {
+        const TensorArg b = required(blocks, "blocks"), s = required(scales, "scales"),
+                        y = required(out, "out", true);
+        const py::gil_scoped_release unlocked;
+        mxfp4_dequantize(b, s, y);
+      },
+      py::arg("blocks"), py::arg("scales"), py::arg("out"));
+  m.def(
+      "mxfp4_quantize",
+      [](const py::object& values, const py::object& blocks, const py::object& scales) {
+        const TensorArg x = required(values, "values");
+        const TensorArg b = required(blocks, "blocks", true), s = required(scales, "scales", true);
+        const py::gil_scoped_release unlocked;
+        mxfp4_quantize(x, b, s);
+      },
+      py::arg("values"), py::arg("blocks"), py::arg("scales"));
+  m.def(
+      "int8_quantize",
+      [](const py::object& values, const py::object& codes, const py::object& scales) {
+        const TensorArg x = required(values, "values");
+        const TensorArg c = required(codes, "codes", true), s = required(scales, "scales", true);
+        const py::gil_scoped_release unlocked;
+        int8_quantize(x, c, s);
+      },
+      py::arg("values"), py::arg("codes"), py::arg("scales"));
+}
+
+}  // namespace mxmoe

@@ -1,0 +1,18 @@
+#include "bindings/bind.h"
+#include "bindings/tensor.h"
+#include "ops/rmsnorm/rmsnorm.h"
+
+namespace mxmoe {
+
+void bind_rmsnorm(py::module_& m) {
+  m.def(
+      "rmsnorm",
+      [](const py::object& x, const py::object& weight, float eps, const py::object& out) {
+        const TensorArg a = required(x, "x"), w = required(weight, "weight"), y = required(out, "out", true);
+        const py::gil_scoped_release unlocked;
+        rmsnorm(a, w, eps, y);
+      },
+      py::arg("x"), py::arg("weight"), py::arg("eps"), py::arg("out"));
+}
+
+}  // namespace mxmoe

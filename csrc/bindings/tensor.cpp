@@ -1,0 +1,176 @@
+#include "bindings/tensor.h"
+
+#include "bindings/dlpack_abi.h"
+#include "core/check.h"
+
+namespace mxmoe {
+namespace {
+
+// What every source of arrays is reduced to before the common checks. Strides in bytes.
+struct Raw {
+  void* data;
+  int64_t ndim;
+  const py::ssize_t* shape;
+  const py::ssize_t* byte_strides;
+};
+
+std::string type_name(py::handle object) { return py::str(py::type::handle_of(object).attr("__name__")); }
+
+// ml_dtypes registers bfloat16 with NumPy under a number that is known only at run time.
+int bf16_type_num() {
+  static const int num = py::dtype::from_args(py::module_::import("ml_dtypes").attr("bfloat16")).num();
+  return num;
+}
+
+bool parse_dtype(char kind, int64_t bytes, DType* dtype) {
+  if (kind == 'f' && bytes == 4) return *dtype = DType::f32, true;
+  if (kind == 'f' && bytes == 8) return *dtype = DType::f64, true;
+  if (kind == 'i' && bytes == 1) return *dtype = DType::i8, true;
+  if (kind == 'i' && bytes == 4) return *dtype = DType::i32, true;
+  if (kind == 'i' && bytes == 8) return *dtype = DType::i64, true;
+  if (kind == 'u' && bytes == 1) return *dtype = DType::u8, true;
+  return false;
+}
+
+[[noreturn]] void unsupported_dtype(const char* name, const std::string& dtype) {
+  throw TypeError(
+      concat(name, " has dtype ", dtype,
+             "; wanted float32, float64, bfloat16, int8, uint8, int32 or int64 in native byte order"));
+}
+
+void fill(Tensor& t, const char* name, const Raw& raw) {
+  check_value(raw.ndim <= kMaxDims, name, " has ", raw.ndim, " axes; wanted at most ", kMaxDims);
+  check_value(raw.ndim >= 1, name, " has no axes; wanted an array of at least one");
+  const int64_t itemsize = dtype_size(t.dtype);
+  t.data = raw.data;
+  t.ndim = static_cast<int>(raw.ndim);
+  bool empty = false;
+  for (int i = 0; i < t.ndim; ++i) {
+    t.shape[i] = raw.shape[i];
+    empty = empty || raw.shape[i] == 0;
+  }
+  int64_t contiguous = 1;
+  for (int i = t.ndim - 1; i >= 0; --i) {
+    // An axis of one element may carry any stride.
+    const int64_t bytes = raw.shape[i] > 1 ? raw.byte_strides[i] : contiguous * itemsize;
+    t.stride[i] = empty ? contiguous : bytes / itemsize;
+    check_value(empty || (bytes >= 0 && bytes % itemsize == 0), name, " has a stride of ", bytes,
+                " bytes on axis ", i, "; wanted a non-negative multiple of ", itemsize);
+    contiguous *= raw.shape[i];
+  }
+  check_value(t.stride[t.ndim - 1] == 1 || empty, name, " has a stride of ", t.stride[t.ndim - 1],
+              " elements on its last axis; wanted a contiguous last axis");
+  check_value(empty || reinterpret_cast<uintptr_t>(t.data) % static_cast<uintptr_t>(itemsize) == 0, name,
+              " is not aligned to its items of ", itemsize, " bytes");
+}
+
+void from_numpy(Tensor& t, py::handle object, const char* name, bool writable) {
+  const auto array = py::reinterpret_borrow<py::array>(object);
+  const py::dtype dtype = array.dtype();
+  const bool native = dtype.byteorder() == '=' || dtype.byteorder() == '|';
+  if (dtype.num() == bf16_type_num()) {
+    t.dtype = DType::bf16;
+  } else if (!native || !parse_dtype(dtype.kind(), dtype.itemsize(), &t.dtype)) {
+    unsupported_dtype(name, py::str(dtype));
+  }
+  check_value(!writable || array.writeable(), name, " is read-only; wanted a writable array");
+  fill(t, name, {const_cast<void*>(array.data()), array.ndim(), array.shape(), array.strides()});
+}
+
+DType from_dlpack_dtype(const char* name, dlpack::DataType type) {
+  DType dtype;
+  if (type.code == dlpack::kBfloat && type.bits == 16 && type.lanes == 1) return DType::bf16;
+  const char kind = type.code == dlpack::kFloat ? 'f' : type.code == dlpack::kInt ? 'i' : 'u';
+  const bool known = type.code <= dlpack::kFloat && type.lanes == 1;
+  if (known && parse_dtype(kind, type.bits / 8, &dtype) && type.bits % 8 == 0) return dtype;
+  unsupported_dtype(name, concat("DLPack code ", int{type.code}, " with ", int{type.bits}, " bits"));
+}
+
+void check_device(py::handle object, const char* name) {
+  const auto device = py::cast<py::tuple>(object.attr("__dlpack_device__")());
+  const auto type = py::cast<int32_t>(py::int_(device[0]));
+  check_value(type == dlpack::kCpu || type == dlpack::kCudaHost, name, " is on DLPack device type ", type,
+              "; wanted an array in CPU memory");
+}
+
+py::object export_capsule(py::handle object) {
+  const py::object method = object.attr("__dlpack__");
+  try {
+    return method(py::arg("max_version") = py::make_tuple(1, 0));
+  } catch (py::error_already_set& error) {
+    if (!error.matches(PyExc_TypeError)) throw;  // producers from before DLPack 1.0 do not know the keyword
+  }
+  return method();
+}
+
+// The capsule stays ours unconsumed: when it is dropped, its own destructor frees the export.
+void from_dlpack(Tensor& t, py::object& owner, py::handle object, const char* name, bool writable) {
+  check_device(object, name);
+  owner = export_capsule(object);
+  const dlpack::Array* array = nullptr;
+  if (PyCapsule_IsValid(owner.ptr(), "dltensor_versioned")) {
+    const auto* managed =
+        static_cast<dlpack::ManagedVersioned*>(PyCapsule_GetPointer(owner.ptr(), "dltensor_versioned"));
+    check_value(managed->version.major == 1, name, " exports DLPack version ", managed->version.major,
+                "; wanted 1");
+    check_value(!writable || (managed->flags & dlpack::kReadOnly) == 0, name,
+                " is read-only; wanted a writable array");
+    array = &managed->array;
+  } else if (PyCapsule_IsValid(owner.ptr(), "dltensor")) {
+    array = &static_cast<dlpack::Managed*>(PyCapsule_GetPointer(owner.ptr(), "dltensor"))->array;
+  } else {
+    throw TypeError(concat(name, " exports something that is no DLPack capsule"));
+  }
+  check_value(array->device.type == dlpack::kCpu || array->device.type == dlpack::kCudaHost, name,
+              " is not in CPU memory");
+  t.dtype = from_dlpack_dtype(name, array->dtype);
+  check_value(array->ndim >= 0 && array->ndim <= kMaxDims, name, " has ", array->ndim,
+              " axes; wanted at most ", kMaxDims);
+  py::ssize_t shape[kMaxDims], strides[kMaxDims];
+  int64_t contiguous = dtype_size(t.dtype);
+  for (int i = array->ndim - 1; i >= 0; --i) {
+    shape[i] = array->shape[i];
+    strides[i] = array->strides != nullptr ? array->strides[i] * dtype_size(t.dtype) : contiguous;
+    contiguous *= array->shape[i];
+  }
+  fill(t, name, {static_cast<char*>(array->data) + array->byte_offset, array->ndim, shape, strides});
+}
+
+void from_buffer(Tensor& t, py::object& owner, py::handle object, const char* name, bool writable) {
+  // Through NumPy, which understands every buffer format and keeps the exporter alive.
+  owner = py::module_::import("numpy").attr("asarray")(object);
+  from_numpy(t, owner, name, writable);
+}
+
+}  // namespace
+
+TensorArg to_tensor(py::handle object, const char* name, bool writable) {
+  TensorArg arg;
+  if (object.is_none()) return arg;
+  arg.owner_ = py::reinterpret_borrow<py::object>(object);
+  if (py::isinstance<py::array>(object)) {
+    from_numpy(arg.tensor_, object, name, writable);
+  } else if (py::hasattr(object, "__dlpack__") && py::hasattr(object, "__dlpack_device__")) {
+    from_dlpack(arg.tensor_, arg.owner_, object, name, writable);
+  } else if (PyObject_CheckBuffer(object.ptr())) {
+    from_buffer(arg.tensor_, arg.owner_, object, name, writable);
+  } else {
+    throw TypeError(concat(name, " is of type ", type_name(object),
+                           "; wanted an array with DLPack or the buffer protocol"));
+  }
+  return arg;
+}
+
+TensorArg required(py::handle object, const char* name, bool writable) {
+  if (object.is_none()) throw TypeError(concat(name, " is None; wanted an array"));
+  return to_tensor(object, name, writable);
+}
+
+Activations parse_activations(const std::string& name) {
+  if (name == "float32") return Activations::f32;
+  if (name == "bf16") return Activations::bf16;
+  if (name == "int8") return Activations::i8;
+  throw ValueError(concat("activations is '", name, "'; wanted 'float32', 'bf16' or 'int8'"));
+}
+
+}  // namespace mxmoe

@@ -1,0 +1,42 @@
+// expert_routing
+// Computes: for every token the experts_per_token largest router logits, in descending order, equal logits by
+// lower
+//           expert index (NaN counts as lowest), and their softmax over those chosen alone. expert_offsets
+//           sorts the (token, choice) pairs by expert, stably.
+// Shapes:   router_logits (num_tokens, num_experts); topk_ids, topk_weights (num_tokens, experts_per_token);
+//           expert_offsets (num_experts + 1); order (num_tokens * experts_per_token), pair = token *
+//           experts_per_token + choice; expert e owns order[expert_offsets[e] : expert_offsets[e + 1]].
+// Dtypes:   logits and weights float32; ids, offsets and order int32. float32 throughout.
+// Layout:   contiguous; router_logits may have a row stride.
+// Requires: 1 <= experts_per_token <= num_experts <= 65536; ids within [first_expert, first_expert +
+// num_experts)
+//           are sorted, others (held elsewhere) are left out and the order's tail is -1.
+// Calls:    no overlap; tokens are spread over threads; no scratch.
+// Source:   model card section 2.2; gpt_oss/torch/model.py, MLPBlock.
+#pragma once
+
+#include "core/types.h"
+
+namespace mxmoe {
+
+void expert_routing(const Tensor& router_logits, const Tensor& topk_ids, const Tensor& topk_weights);
+void expert_offsets(const Tensor& topk_ids, int64_t num_experts, const Tensor& offsets, const Tensor& order);
+
+// The same on raw memory, for ops that route inside.
+void sort_by_expert(const int32_t* ids, int64_t num_pairs, int64_t first_expert, int64_t num_experts,
+                    int32_t* offsets, int32_t* order);
+
+struct RoutingRow {
+  const float* logits;
+  int64_t num_experts;
+  int32_t* ids;
+  float* weights;
+  int64_t experts_per_token;
+};
+using RoutingKernel = void (*)(const RoutingRow&);
+
+void expert_routing_scalar(const RoutingRow&);
+void expert_routing_avx2(const RoutingRow&);
+void expert_routing_avx512(const RoutingRow&);
+
+}  // namespace mxmoe

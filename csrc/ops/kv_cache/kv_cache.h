@@ -1,0 +1,28 @@
+// kv_cache
+// Computes: copies the keys and values of new tokens into their slots of a paged cache, rounding to its dtype.
+// Shapes:   k, v (num_tokens, num_key_value_heads, head_dim); k_cache, v_cache (num_blocks, num_key_value_heads,
+//           block_size, head_dim); slots (num_tokens); k_scales, v_scales (num_blocks, num_key_value_heads,
+//           block_size), only with an int8 cache.
+// Dtypes:   k, v float32 or bfloat16; caches float32, bfloat16 or int8; slots int64; scales float32. bfloat16 rounds
+//           to nearest even; int8 is round(x / scale) with scale = amax / 127 of the token's head.
+// Layout:   caches and scales contiguous; k and v may have a token stride.
+// Units:    slot = block * block_size + offset in the block.
+// Requires: 0 <= slots < num_blocks * block_size; k and v finite when the cache is int8 (else the scale is NaN).
+// Calls:    in place on the caches; no overlap; a slot named twice keeps the later token; one thread; no scratch.
+// Source:   Kwon et al. 2023 (PagedAttention), section 4.
+#pragma once
+
+#include "core/types.h"
+
+namespace mxmoe {
+
+struct KvCache {
+  Tensor k, v, k_scales, v_scales;
+};
+
+void kv_cache_write(const Tensor& k, const Tensor& v, const Tensor& slots, const KvCache& cache);
+
+// Shapes and dtypes of a cache, for every op that takes one.
+void check_kv_cache(const KvCache& cache);
+
+}  // namespace mxmoe

@@ -1,0 +1,20 @@
+#if defined(MXMOE_X86_KERNELS)
+#include "ops/linear/linear.h"
+
+#include <cmath>
+
+#include "simd/avx2.h"
+
+#include "core/target_avx2.h"
+namespace mxmoe {
+namespace avx2 {
+namespace {
+#include "ops/linear/linear_kernels.inl"
+}  // namespace
+}  // namespace avx2
+
+const LinearKernels linear_avx2 = avx2::kLinear;
+
+}  // namespace mxmoe
+#include "core/target_end.h"
+#endif  // MXMOE_X86_KERNELS

@@ -1,0 +1,224 @@
+#include "ops/mxfp4_moe/mxfp4_moe.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "core/check.h"
+#include "core/isa.h"
+#include "core/prepared.h"
+#include "core/thread_pool.h"
+#include "ops/expert_routing/expert_routing.h"
+
+namespace mxmoe {
+namespace {
+
+using Fn = const MoeKernel*;
+Dispatch<Fn> with_f32("mxfp4_moe_f32",
+                      {MXMOE_X86({"mxfp4_moe_f32_mxfp4_avx512", kAvx512, &mxfp4_moe_avx512.f32},
+                                 {"mxfp4_moe_f32_mxfp4_avx2", kAvx2, &mxfp4_moe_avx2.f32}){
+                          "mxfp4_moe_f32_mxfp4_scalar", 0, &mxfp4_moe_scalar.f32}});
+Dispatch<Fn> with_bf16("mxfp4_moe_bf16",
+                       {MXMOE_X86({"mxfp4_moe_bf16_mxfp4_avx512bf16", kAvx512Dot, &mxfp4_moe_avx512x.bf16},
+                                  {"mxfp4_moe_bf16_mxfp4_avx512", kAvx512, &mxfp4_moe_avx512.bf16},
+                                  {"mxfp4_moe_bf16_mxfp4_avx2", kAvx2, &mxfp4_moe_avx2.bf16}){
+                           "mxfp4_moe_bf16_mxfp4_scalar", 0, &mxfp4_moe_scalar.bf16}});
+Dispatch<Fn> with_int8("mxfp4_moe_int8",
+                       {MXMOE_X86({"mxfp4_moe_int8_mxfp4_avx512vnni", kAvx512Dot, &mxfp4_moe_avx512x.int8},
+                                  {"mxfp4_moe_int8_mxfp4_avx512", kAvx512, &mxfp4_moe_avx512.int8},
+                                  {"mxfp4_moe_int8_mxfp4_avx2", kAvx2, &mxfp4_moe_avx2.int8}){
+                           "mxfp4_moe_int8_mxfp4_scalar", 0, &mxfp4_moe_scalar.int8}});
+Dispatch<CombineKernel> combine("mxfp4_moe_combine", {MXMOE_X86({"combine_avx512", kAvx512, combine_avx512},
+                                                                {"combine_avx2", kAvx2, combine_avx2}){
+                                                         "combine_scalar", 0, combine_scalar}});
+
+struct Sizes {
+  int64_t num_tokens, experts_per_token, num_experts, hidden_size, intermediate_size;
+  int64_t num_pairs() const { return num_tokens * experts_per_token; }
+};
+
+void check_matrix(const char* name, const Tensor& blocks, const Tensor& scales, const Tensor& bias,
+                  int64_t experts, int64_t rows, int64_t k, const Tensor& y) {
+  const std::string prefix(name);
+  const std::string blocks_name = prefix + "_blocks", scales_name = prefix + "_scales",
+                    bias_name = prefix + "_bias";
+  check_dtype(blocks_name.c_str(), blocks, {DType::u8});
+  check_dtype(scales_name.c_str(), scales, {DType::u8});
+  check_dtype(bias_name.c_str(), bias, {DType::f32, DType::bf16});
+  check_shape(blocks_name.c_str(), blocks, {experts, rows, k / kMxBlock, kMxBlockBytes},
+              "(experts, rows, K / 32, 16)");
+  check_shape(scales_name.c_str(), scales, {experts, rows, k / kMxBlock}, "(experts, rows, K / 32)");
+  check_shape(bias_name.c_str(), bias, {experts, rows}, "(experts, rows)");
+  const std::pair<const std::string*, const Tensor*> all[] = {
+      {&blocks_name, &blocks}, {&scales_name, &scales}, {&bias_name, &bias}};
+  for (const auto& [what, tensor] : all) {
+    check_contiguous(what->c_str(), *tensor);
+    check_no_overlap("out", y, what->c_str(), *tensor);
+  }
+}
+
+Sizes check(const Tensor& x, const Tensor& ids, const Tensor& topk_weights, const MoeWeights& w,
+            const MoeParams& params, const Tensor& residual, const Tensor& y) {
+  check_dtype("x", x, {DType::f32, DType::bf16});
+  check_dtype("topk_ids", ids, {DType::i32});
+  check_dtype("topk_weights", topk_weights, {DType::f32});
+  check_dtype("out", y, {DType::f32});
+  check_shape("x", x, {-1, -1}, "(num_tokens, hidden_size)");
+  check_shape("topk_ids", ids, {x.shape[0], -1}, "(num_tokens, experts_per_token)");
+  check_shape("topk_weights", topk_weights, {x.shape[0], ids.shape[1]}, "(num_tokens, experts_per_token)");
+  check_contiguous("topk_ids", ids);
+  check_contiguous("topk_weights", topk_weights);
+  check_shape("gate_up_blocks", w.gate_up_blocks, {-1, -1, -1, kMxBlockBytes},
+              "(num_experts, 2 * intermediate_size, hidden_size / 32, 16)");
+  const Sizes s{x.shape[0], ids.shape[1], w.gate_up_blocks.shape[0], x.shape[1],
+                w.gate_up_blocks.shape[1] / 2};
+  check_value(s.hidden_size >= kMxBlock && s.hidden_size % kMxBlock == 0, "x has hidden_size ", s.hidden_size,
+              "; wanted a multiple of ", kMxBlock);
+  check_value(s.num_experts >= 1, "gate_up_blocks holds no experts; wanted at least 1");
+  check_value(w.gate_up_blocks.shape[1] % (2 * kMxBlock) == 0 && s.intermediate_size > 0,
+              "gate_up_blocks has ", w.gate_up_blocks.shape[1],
+              " rows; wanted 2 * intermediate_size with intermediate_size a multiple of 32");
+  check_matrix("gate_up", w.gate_up_blocks, w.gate_up_scales, w.gate_up_bias, s.num_experts,
+               2 * s.intermediate_size, s.hidden_size, y);
+  check_matrix("down", w.down_blocks, w.down_scales, w.down_bias, s.num_experts, s.hidden_size,
+               s.intermediate_size, y);
+  check_shape("out", y, {s.num_tokens, s.hidden_size}, "(num_tokens, hidden_size)");
+  if (residual) {
+    check_dtype("residual", residual, {DType::f32});
+    check_shape("residual", residual, {s.num_tokens, s.hidden_size}, "(num_tokens, hidden_size)");
+    const bool in_place = residual.data == y.data && residual.stride[0] == y.stride[0];
+    if (!in_place) check_no_overlap("out", y, "residual", residual);
+  }
+  check_no_overlap("out", y, "x", x);
+  check_no_overlap("out", y, "topk_ids", ids);
+  check_no_overlap("out", y, "topk_weights", topk_weights);
+  check_value(std::isfinite(params.swiglu_alpha), "swiglu_alpha is ", params.swiglu_alpha,
+              "; wanted a finite number");
+  check_value(params.swiglu_limit > 0.0f, "swiglu_limit is ", params.swiglu_limit,
+              "; wanted a number above 0");
+  check_value(params.first_expert >= 0, "first_expert is ", params.first_expert, "; wanted 0 or more");
+  check_value(s.num_pairs() <= INT32_MAX, "topk_ids holds ", s.num_pairs(), " pairs; wanted at most ",
+              INT32_MAX);
+  for (int64_t i = 0; i < s.num_pairs(); ++i) {
+    check_value(ids.as<int32_t>()[i] >= 0, "topk_ids holds ", ids.as<int32_t>()[i], "; wanted 0 or more");
+  }
+  return s;
+}
+
+// One of the two grouped products: which activation rows go through which expert, tile by tile.
+struct Grouped {
+  PreparedRows x;
+  const int64_t* rows;     // by sorted pair: its row in x
+  const int32_t* offsets;  // by expert
+  int64_t num_experts;
+  const Tensor& blocks;
+  const Tensor& scales;
+  const Tensor& bias;
+  int64_t num_rows, k;  // of an expert's matrix
+  float* y;             // by sorted pair
+  int64_t y_stride;
+};
+
+// A tile of weight rows is read once for all its tokens; 64 rows give two threads some hundred items a layer.
+constexpr int64_t kRowsPerTile = 64;
+
+void run_grouped(const Grouped& g, const MoeParams& params, void (*kernel)(const MoeTile&)) {
+  const int64_t tiles = (g.num_rows + kRowsPerTile - 1) / kRowsPerTile;
+  parallel_for(g.num_experts * tiles, [&](int64_t item) {
+    const int64_t e = item / tiles, n = item % tiles * kRowsPerTile;
+    const int64_t begin = g.offsets[e], count = g.offsets[e + 1] - begin;
+    if (count == 0) return;
+    MoeTile t{};
+    t.x = g.x;
+    t.rows = g.rows + begin, t.num_rows = count;
+    t.weight.value_stride = g.k / kMxBlock * kMxBlockBytes, t.weight.scale_stride = g.k / kMxBlock;
+    t.weight.values = g.blocks.as<uint8_t>() + e * g.num_rows * t.weight.value_stride;
+    t.weight.scales = g.scales.as<uint8_t>() + e * g.num_rows * t.weight.scale_stride;
+    t.n_begin = n, t.n_end = std::min(n + kRowsPerTile, g.num_rows);
+    t.k = g.k;
+    if (g.bias.dtype == DType::f32) t.bias_f32 = g.bias.as<float>() + e * g.num_rows;
+    if (g.bias.dtype == DType::bf16) t.bias_bf16 = g.bias.as<bf16>() + e * g.num_rows;
+    t.alpha = params.swiglu_alpha, t.limit = params.swiglu_limit;
+    t.y = g.y + begin * g.y_stride, t.y_stride = g.y_stride;
+    kernel(t);
+  });
+}
+
+void run_combine(const Sizes& s, const int64_t* sorted_of, const float* down, const Tensor& topk_weights,
+                 const Tensor& residual, const Tensor& y, const float** row_scratch) {
+  const CombineKernel kernel = combine.pick();
+  parallel_for(s.num_tokens, [&](int64_t t) {
+    const float** rows = row_scratch + t * s.experts_per_token;
+    for (int64_t c = 0; c < s.experts_per_token; ++c) {
+      const int64_t at = sorted_of[t * s.experts_per_token + c];
+      rows[c] = at < 0 ? nullptr : down + at * s.hidden_size;
+    }
+    kernel({residual ? residual.as<float>() + t * residual.stride[0] : nullptr, rows,
+            topk_weights.as<float>() + t * s.experts_per_token, s.experts_per_token,
+            y.as<float>() + t * y.stride[0], s.hidden_size});
+  });
+}
+
+const MoeKernel& pick(Activations activations) {
+  if (activations == Activations::f32) return *with_f32.pick();
+  return activations == Activations::bf16 ? *with_bf16.pick() : *with_int8.pick();
+}
+
+}  // namespace
+
+void mxfp4_moe(const Tensor& x, const Tensor& topk_ids, const Tensor& topk_weights, const MoeWeights& w,
+               const MoeParams& params, const Tensor& residual, const Tensor& y) {
+  const Sizes s = check(x, topk_ids, topk_weights, w, params, residual, y);
+  if (s.num_tokens == 0) return;
+  const MoeKernel& kernel = pick(params.activations);
+  const int64_t pairs = s.num_pairs();
+  const auto count = static_cast<size_t>(pairs);
+
+  const size_t hidden = checked_product("expert outputs", {pairs, s.hidden_size});
+  const size_t inner = checked_product("expert activations", {pairs, s.intermediate_size});
+  Scratch scratch(prepared_bytes(s.num_tokens, s.hidden_size, kernel.value_bytes, kernel.block_scaled) +
+                  prepared_bytes(pairs, s.intermediate_size, kernel.value_bytes, kernel.block_scaled) +
+                  Scratch::bytes<float>(inner) + Scratch::bytes<float>(hidden) +
+                  3 * Scratch::bytes<int64_t>(count) + Scratch::bytes<int32_t>(count) +
+                  Scratch::bytes<const float*>(count) +
+                  Scratch::bytes<int32_t>(static_cast<size_t>(s.num_experts) + 1));
+  const PreparedRows x_rows =
+      take_prepared(scratch, s.num_tokens, s.hidden_size, kernel.value_bytes, kernel.block_scaled);
+  const PreparedRows a_rows =
+      take_prepared(scratch, pairs, s.intermediate_size, kernel.value_bytes, kernel.block_scaled);
+  float* activated = scratch.take<float>(inner);
+  float* down = scratch.take<float>(hidden);
+  int64_t* token_of = scratch.take<int64_t>(count);   // by sorted pair
+  int64_t* identity = scratch.take<int64_t>(count);   // by sorted pair
+  int64_t* sorted_of = scratch.take<int64_t>(count);  // by pair; -1 when another holder has the expert
+  int32_t* order = scratch.take<int32_t>(count);
+  const float** row_scratch = scratch.take<const float*>(count);
+  int32_t* offsets = scratch.take<int32_t>(static_cast<size_t>(s.num_experts) + 1);
+
+  sort_by_expert(topk_ids.as<int32_t>(), pairs, params.first_expert, s.num_experts, offsets, order);
+  const int64_t held = offsets[s.num_experts];
+  for (int64_t pair = 0; pair < pairs; ++pair) sorted_of[pair] = -1;
+  for (int64_t i = 0; i < held; ++i) {
+    token_of[i] = order[i] / s.experts_per_token;
+    identity[i] = i;
+    sorted_of[order[i]] = i;
+  }
+  parallel_for(s.num_tokens, [&](int64_t t) {
+    if (x.dtype == DType::f32) {
+      kernel.prepare.f32(x.as<float>() + t * x.stride[0], s.hidden_size, x_rows, t);
+    } else {
+      kernel.prepare.b16(x.as<bf16>() + t * x.stride[0], s.hidden_size, x_rows, t);
+    }
+  });
+  run_grouped({x_rows, token_of, offsets, s.num_experts, w.gate_up_blocks, w.gate_up_scales, w.gate_up_bias,
+               2 * s.intermediate_size, s.hidden_size, activated, s.intermediate_size},
+              params, kernel.gate_up);
+  parallel_for(held, [&](int64_t i) {
+    kernel.prepare.f32(activated + i * s.intermediate_size, s.intermediate_size, a_rows, i);
+  });
+  run_grouped({a_rows, identity, offsets, s.num_experts, w.down_blocks, w.down_scales, w.down_bias,
+               s.hidden_size, s.intermediate_size, down, s.hidden_size},
+              params, kernel.down);
+  run_combine(s, sorted_of, down, topk_weights, residual, y, row_scratch);
+}
+
+}  // namespace mxmoe

@@ -1,0 +1,21 @@
+#if defined(MXMOE_X86_KERNELS)
+#include "ops/mxfp4_moe/mxfp4_moe.h"
+
+#include <cmath>
+
+#include "simd/avx512.h"
+
+#include "core/target_avx512.h"
+namespace mxmoe {
+namespace avx512 {
+namespace {
+#include "ops/mxfp4_moe/mxfp4_moe_kernels.inl"
+}  // namespace
+}  // namespace avx512
+
+const MoeKernels mxfp4_moe_avx512 = {avx512::kMoeF32, avx512::kMoeBf16, avx512::kMoeI8};
+void combine_avx512(const CombineRow& row) { avx512::combine_rows(row); }
+
+}  // namespace mxmoe
+#include "core/target_end.h"
+#endif  // MXMOE_X86_KERNELS

@@ -1,0 +1,77 @@
+// Tiles of mxfp4_moe, in the vector vocabulary. Included inside a kernel's namespace and target region.
+
+#include "simd/math.inl"
+#include "simd/dot_formats.inl"
+#include "simd/dot_tile.inl"
+#include "simd/prepare.inl"
+
+inline float tile_bias(const MoeTile& t, int64_t n) {
+  return t.bias_f32 != nullptr ? t.bias_f32[n] : to_float(t.bias_bf16[n]);
+}
+
+// gate * sigmoid(alpha * gate) * (up + 1), both clamped. NaN passes through the clamps: the second operand
+// wins.
+inline f32v swiglu(f32v gate, f32v up, float alpha, float limit) {
+  gate = min(set1(limit), gate);
+  up = max(set1(-limit), min(set1(limit), up));
+  const f32v sigmoid = div(set1(1.0f), add(set1(1.0f), exp(mul(set1(-alpha), gate))));
+  return mul(mul(gate, sigmoid), add(up, set1(1.0f)));
+}
+
+template <class F>
+void moe_gate_up(const MoeTile& t) {
+  constexpr int kRows = 16,
+                kPairs = 32;  // activation rows x output columns of one pass; the buffers live on the stack
+  float gate[kRows][kPairs], up[kRows][kPairs];
+  for (int64_t m = 0; m < t.num_rows; m += kRows) {
+    const int64_t count = t.num_rows - m < kRows ? t.num_rows - m : kRows;
+    for (int64_t n = t.n_begin; n < t.n_end; n += 2 * kPairs) {
+      const int64_t end = n + 2 * kPairs < t.n_end ? n + 2 * kPairs : t.n_end;
+      for_each_dot<F, 8, 2>(t.x, t.rows + m, count, t.weight, n, end, t.k,
+                            [&](int64_t i, int64_t row, float value) {
+                              value += tile_bias(t, row);
+                              ((row & 1) != 0 ? up : gate)[i][(row - n) / 2] = value;
+                            });
+      const int pairs = static_cast<int>((end - n) / 2);
+      for (int64_t i = 0; i < count; ++i) {
+        float* y = t.y + (m + i) * t.y_stride + n / 2;
+        for (int c = 0; c < pairs; c += kLanes) {
+          const int lanes = pairs - c < kLanes ? pairs - c : kLanes;
+          store_n(y + c, swiglu(load_n(gate[i] + c, lanes), load_n(up[i] + c, lanes), t.alpha, t.limit),
+                  lanes);
+        }
+      }
+    }
+  }
+}
+
+template <class F>
+void moe_down(const MoeTile& t) {
+  for_each_dot<F, 8, 2>(
+      t.x, t.rows, t.num_rows, t.weight, t.n_begin, t.n_end, t.k,
+      [&](int64_t i, int64_t row, float value) { t.y[i * t.y_stride + row] = value + tile_bias(t, row); });
+}
+
+inline void combine_rows(const CombineRow& c) {
+  for (int64_t i = 0; i < c.n; i += kLanes) {
+    const int lanes = static_cast<int>(c.n - i < kLanes ? c.n - i : kLanes);
+    f32v sum = zero();
+    for (int64_t row = 0; row < c.num_rows; ++row) {
+      if (c.rows[row] != nullptr) sum = fma(set1(c.weights[row]), load_n(c.rows[row] + i, lanes), sum);
+    }
+    if (c.residual != nullptr) sum = add(load_n(c.residual + i, lanes), sum);
+    store_n(c.y + i, sum, lanes);
+  }
+}
+
+constexpr MoeKernel kMoeF32 = {
+    {prepare_f32<float>, prepare_f32<bf16>}, 4, false, moe_gate_up<DotF32Mxfp4>, moe_down<DotF32Mxfp4>};
+#if defined(MXMOE_SIMD_DOT)
+constexpr MoeKernel kMoeBf16 = {
+    {prepare_bf16<float>, prepare_bf16<bf16>}, 2, false, moe_gate_up<DotBf16Mxfp4>, moe_down<DotBf16Mxfp4>};
+#else
+constexpr MoeKernel kMoeBf16 = {
+    {prepare_bf16<float>, prepare_bf16<bf16>}, 4, false, moe_gate_up<DotF32Mxfp4>, moe_down<DotF32Mxfp4>};
+#endif
+constexpr MoeKernel kMoeI8 = {
+    {prepare_i8<float>, prepare_i8<bf16>}, 1, true, moe_gate_up<DotI8Mxfp4>, moe_down<DotI8Mxfp4>};

@@ -1,0 +1,20 @@
+#if defined(MXMOE_X86_KERNELS)
+#include "ops/sink_attention/sink_attention.h"
+
+#include <cmath>
+
+#include "simd/avx2.h"
+
+#include "core/target_avx2.h"
+namespace mxmoe {
+namespace avx2 {
+namespace {
+#include "ops/sink_attention/sink_attention_kernel.inl"
+}  // namespace
+}  // namespace avx2
+
+void sink_attention_avx2(const AttentionItem& item) { avx2::attention_item(item); }
+
+}  // namespace mxmoe
+#include "core/target_end.h"
+#endif  // MXMOE_X86_KERNELS

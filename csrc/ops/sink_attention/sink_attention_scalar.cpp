@@ -1,0 +1,16 @@
+#include "ops/sink_attention/sink_attention.h"
+
+#include <cmath>
+
+#include "simd/scalar.h"
+
+namespace mxmoe {
+namespace scalar {
+namespace {
+#include "ops/sink_attention/sink_attention_kernel.inl"
+}  // namespace
+}  // namespace scalar
+
+void sink_attention_scalar(const AttentionItem& item) { scalar::attention_item(item); }
+
+}  // namespace mxmoe

@@ -1,0 +1,150 @@
+// The vector vocabulary in AVX2 and FMA: eight lanes. Meanings as in scalar.h.
+#pragma once
+
+#include <immintrin.h>
+
+#include "core/types.h"
+
+#define MXMOE_SIMD avx2
+
+#include "core/target_avx2.h"
+namespace mxmoe {
+namespace avx2 {
+
+constexpr int kLanes = 8;
+
+struct f32v {
+  __m256 v;
+};
+
+inline f32v set1(float x) { return {_mm256_set1_ps(x)}; }
+inline f32v zero() { return {_mm256_setzero_ps()}; }
+inline __m256i first_lanes(int n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+inline f32v load(const float* p) { return {_mm256_loadu_ps(p)}; }
+inline void store(float* p, f32v x) { _mm256_storeu_ps(p, x.v); }
+inline f32v load_n(const float* p, int n) { return {_mm256_maskload_ps(p, first_lanes(n))}; }
+inline void store_n(float* p, f32v x, int n) { _mm256_maskstore_ps(p, first_lanes(n), x.v); }
+
+inline f32v from_bf16(__m128i bits) {
+  return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16))};
+}
+inline f32v load(const bf16* p) { return from_bf16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+inline f32v load_n(const bf16* p, int n) {
+  bf16 part[kLanes] = {};
+  std::memcpy(part, p, static_cast<size_t>(n) * sizeof(bf16));
+  return load(part);
+}
+inline __m128i to_bf16_bits(f32v x) {
+  const __m256i bits = _mm256_castps_si256(x.v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  const __m256i rounded =
+      _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  const __m256i nan = _mm256_or_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(0x40));
+  const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q));
+  const __m256i both = _mm256_blendv_epi8(rounded, nan, is_nan);
+  return _mm_packus_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
+}
+inline void store(bf16* p, f32v x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_bf16_bits(x)); }
+inline void store_n(bf16* p, f32v x, int n) {
+  bf16 part[kLanes];
+  store(part, x);
+  std::memcpy(p, part, static_cast<size_t>(n) * sizeof(bf16));
+}
+inline f32v load(const int8_t* p) {
+  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
+}
+inline f32v load_n(const int8_t* p, int n) {
+  int8_t part[kLanes] = {};
+  std::memcpy(part, p, static_cast<size_t>(n));
+  return load(part);
+}
+
+inline f32v add(f32v a, f32v b) { return {_mm256_add_ps(a.v, b.v)}; }
+inline f32v sub(f32v a, f32v b) { return {_mm256_sub_ps(a.v, b.v)}; }
+inline f32v mul(f32v a, f32v b) { return {_mm256_mul_ps(a.v, b.v)}; }
+inline f32v div(f32v a, f32v b) { return {_mm256_div_ps(a.v, b.v)}; }
+inline f32v min(f32v a, f32v b) { return {_mm256_min_ps(a.v, b.v)}; }
+inline f32v max(f32v a, f32v b) { return {_mm256_max_ps(a.v, b.v)}; }
+inline f32v fma(f32v a, f32v b, f32v c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
+inline f32v abs(f32v x) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), x.v)}; }
+inline f32v round(f32v x) { return {_mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
+inline f32v scale_by_pow2(f32v x, f32v n) {
+  const __m256i biased = _mm256_add_epi32(_mm256_cvtps_epi32(n.v), _mm256_set1_epi32(127));
+  return {_mm256_mul_ps(x.v, _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23)))};
+}
+inline f32v select_lt(f32v a, f32v b, f32v x, f32v y) {
+  return {_mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
+}
+inline f32v iota() { return {_mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7)}; }
+inline float reduce_add(f32v x) {
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(x.v), _mm256_extractf128_ps(x.v, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  s = _mm_add_ss(s, _mm_shuffle_ps(s, s, 1));
+  return _mm_cvtss_f32(s);
+}
+inline float reduce_max(f32v x) {
+  __m128 s = _mm_max_ps(_mm256_castps256_ps128(x.v), _mm256_extractf128_ps(x.v, 1));
+  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+  s = _mm_max_ss(s, _mm_shuffle_ps(s, s, 1));
+  return _mm_cvtss_f32(s);
+}
+inline void store_i8(int8_t* p, f32v x) {
+  const __m256i i32 = _mm256_cvtps_epi32(x.v);
+  const __m128i i16 = _mm_packs_epi32(_mm256_castsi256_si128(i32), _mm256_extracti128_si256(i32, 1));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(i16, i16));
+}
+
+// --- blocks of 32 values for dot products ---
+
+inline void decode_e2m1(const uint8_t* p, f32v (&out)[kMxBlock / kLanes]) {
+  const __m256 magnitudes = _mm256_setr_ps(0, 1, 2, 3, 4, 6, 8, 12);
+  const __m256i shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
+  for (int i = 0; i < kMxBlock / kLanes; ++i) {
+    int32_t eight_codes;
+    std::memcpy(&eight_codes, p + 4 * i, sizeof eight_codes);
+    // The permute looks at the low three bits of each lane; the sign is bit 3.
+    const __m256i code = _mm256_srlv_epi32(_mm256_set1_epi32(eight_codes), shifts);
+    const __m256i sign = _mm256_and_si256(_mm256_slli_epi32(code, 28), _mm256_set1_epi32(INT32_MIN));
+    out[i].v = _mm256_xor_ps(_mm256_permutevar8x32_ps(magnitudes, code), _mm256_castsi256_ps(sign));
+  }
+}
+
+struct A8 {
+  __m256i lo, hi;  // int16
+};
+using W8 = A8;
+struct F8 {
+  __m256 v;
+};
+inline F8 zero_f8() { return {_mm256_setzero_ps()}; }
+inline A8 widen_i8(__m256i x) {
+  return {_mm256_cvtepi8_epi16(_mm256_castsi256_si128(x)),
+          _mm256_cvtepi8_epi16(_mm256_extracti128_si256(x, 1))};
+}
+template <int Offset>
+inline A8 load_a8(const int8_t* p, int32_t) {
+  return widen_i8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline W8 load_w8(const int8_t* p) {
+  return widen_i8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline __m256i e2m1_bytes(const uint8_t* p, __m128i table) {
+  // Sixteen bytes spread to 16-bit lanes; the high nibble moves to the high byte.
+  const __m256i x = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __m256i codes = _mm256_and_si256(_mm256_or_si256(x, _mm256_slli_epi16(x, 4)), _mm256_set1_epi8(15));
+  return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), codes);
+}
+inline W8 decode_w8(const uint8_t* p) {
+  return widen_i8(e2m1_bytes(p, _mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)));
+}
+inline void mac8(F8& acc, const A8& a, const W8& w, float scale) {
+  const __m256i dot = _mm256_add_epi32(_mm256_madd_epi16(a.lo, w.lo), _mm256_madd_epi16(a.hi, w.hi));
+  acc.v = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), _mm256_set1_ps(scale), acc.v);
+}
+inline float finish(const F8& acc) { return reduce_add(f32v{acc.v}); }
+
+}  // namespace avx2
+}  // namespace mxmoe
+#include "core/target_end.h"

@@ -1,0 +1,98 @@
+// The vector vocabulary in AVX-512 F, BW, DQ, VL: sixteen lanes. Meanings as in scalar.h. Included inside the
+// namespace and target region of avx512.h and of avx512x.h, each of which compiles its own copy.
+
+constexpr int kLanes = 16;
+
+struct f32v {
+  __m512 v;
+};
+
+inline f32v set1(float x) { return {_mm512_set1_ps(x)}; }
+inline f32v zero() { return {_mm512_setzero_ps()}; }
+inline __mmask16 first_lanes(int n) { return static_cast<__mmask16>((1u << n) - 1u); }
+inline f32v load(const float* p) { return {_mm512_loadu_ps(p)}; }
+inline void store(float* p, f32v x) { _mm512_storeu_ps(p, x.v); }
+inline f32v load_n(const float* p, int n) { return {_mm512_maskz_loadu_ps(first_lanes(n), p)}; }
+inline void store_n(float* p, f32v x, int n) { _mm512_mask_storeu_ps(p, first_lanes(n), x.v); }
+
+inline f32v from_bf16(__m256i bits) {
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
+}
+inline f32v load(const bf16* p) { return from_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
+inline f32v load_n(const bf16* p, int n) { return from_bf16(_mm256_maskz_loadu_epi16(first_lanes(n), p)); }
+inline __m256i to_bf16_bits(f32v x) {
+  const __m512i bits = _mm512_castps_si512(x.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded =
+      _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  const __m512i nan = _mm512_or_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(0x40));
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
+  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, is_nan, nan));
+}
+inline void store(bf16* p, f32v x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16_bits(x)); }
+inline void store_n(bf16* p, f32v x, int n) { _mm256_mask_storeu_epi16(p, first_lanes(n), to_bf16_bits(x)); }
+inline f32v load(const int8_t* p) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))))};
+}
+inline f32v load_n(const int8_t* p, int n) {
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first_lanes(n), p)))};
+}
+
+inline f32v add(f32v a, f32v b) { return {_mm512_add_ps(a.v, b.v)}; }
+inline f32v sub(f32v a, f32v b) { return {_mm512_sub_ps(a.v, b.v)}; }
+inline f32v mul(f32v a, f32v b) { return {_mm512_mul_ps(a.v, b.v)}; }
+inline f32v div(f32v a, f32v b) { return {_mm512_div_ps(a.v, b.v)}; }
+inline f32v min(f32v a, f32v b) { return {_mm512_min_ps(a.v, b.v)}; }
+inline f32v max(f32v a, f32v b) { return {_mm512_max_ps(a.v, b.v)}; }
+inline f32v fma(f32v a, f32v b, f32v c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
+inline f32v abs(f32v x) { return {_mm512_abs_ps(x.v)}; }
+inline f32v round(f32v x) {
+  return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
+}
+inline f32v scale_by_pow2(f32v x, f32v n) {
+  const __m512i biased = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
+  return {_mm512_mul_ps(x.v, _mm512_castsi512_ps(_mm512_slli_epi32(biased, 23)))};
+}
+inline f32v select_lt(f32v a, f32v b, f32v x, f32v y) {
+  return {_mm512_mask_mov_ps(y.v, _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), x.v)};
+}
+inline f32v iota() { return {_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)}; }
+inline float reduce_add(f32v x) {
+  const __m256 h = _mm256_add_ps(_mm512_castps512_ps256(x.v), _mm512_extractf32x8_ps(x.v, 1));
+  __m128 s = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+  s = _mm_add_ps(s, _mm_movehl_ps(s, s));
+  s = _mm_add_ss(s, _mm_shuffle_ps(s, s, 1));
+  return _mm_cvtss_f32(s);
+}
+inline float reduce_max(f32v x) {
+  const __m256 h = _mm256_max_ps(_mm512_castps512_ps256(x.v), _mm512_extractf32x8_ps(x.v, 1));
+  __m128 s = _mm_max_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));
+  s = _mm_max_ps(s, _mm_movehl_ps(s, s));
+  s = _mm_max_ss(s, _mm_shuffle_ps(s, s, 1));
+  return _mm_cvtss_f32(s);
+}
+inline void store_i8(int8_t* p, f32v x) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x.v)));
+}
+
+// --- blocks of 32 values for dot products ---
+
+inline void decode_e2m1(const uint8_t* p, f32v (&out)[kMxBlock / kLanes]) {
+  const __m512 values = _mm512_setr_ps(0, 1, 2, 3, 4, 6, 8, 12, -0.0f, -1, -2, -3, -4, -6, -8, -12);
+  const __m512i shifts = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
+  const __m512i word = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
+  for (int i = 0; i < kMxBlock / kLanes; ++i) {
+    const __m128i two_words = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8 * i));
+    // The permute looks at the low four bits of each lane: nothing needs masking off.
+    const __m512i code =
+        _mm512_srlv_epi32(_mm512_permutexvar_epi32(word, _mm512_castsi128_si512(two_words)), shifts);
+    out[i].v = _mm512_permutexvar_ps(code, values);
+  }
+}
+
+// The codes of a block as bytes, looked up in a table of sixteen.
+inline __m256i e2m1_bytes(const uint8_t* p, __m128i table) {
+  const __m256i x = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  const __m256i codes = _mm256_and_si256(_mm256_or_si256(x, _mm256_slli_epi16(x, 4)), _mm256_set1_epi8(15));
+  return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), codes);
+}

@@ -1,0 +1,39 @@
+// What the dot-product kernels of linear and mxfp4_moe take: prepared activation rows and weight rows as
+// stored.
+#pragma once
+
+#include "core/types.h"
+
+namespace mxmoe {
+
+// Prepared rows are zero-padded to a multiple of this many values, so that kernels load whole vectors.
+constexpr int64_t kPadK = 64;
+inline int64_t padded_k(int64_t k) { return (k + kPadK - 1) / kPadK * kPadK; }
+
+// Activation rows after rounding. float32: values only. bf16: values are bf16 where the kernel has bf16 dot
+// products, else float32 holding bf16 values. int8: codes, one float32 scale and one sum of codes per block
+// of 32.
+struct PreparedRows {
+  void* values;
+  float* scales;
+  int32_t* sums;
+  int64_t value_stride;  // bytes from row to row
+  int64_t block_stride;  // blocks from row to row, of scales and of sums
+};
+
+// Weight rows (num_rows, k) as stored, k innermost. bf16: values. int8: values and bf16 scales per block
+// of 32. MXFP4: 16-byte blocks and e8m0 scales.
+struct WeightRows {
+  const void* values;
+  const void* scales;
+  int64_t value_stride;  // bytes from row to row
+  int64_t scale_stride;  // bytes from row to row
+};
+
+// How one row is prepared, from either dtype of x.
+struct PrepareFn {
+  void (*f32)(const float* x, int64_t k, const PreparedRows& to, int64_t row);
+  void (*b16)(const bf16* x, int64_t k, const PreparedRows& to, int64_t row);
+};
+
+}  // namespace mxmoe
