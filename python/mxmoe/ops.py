@@ -581,7 +581,7 @@ def mxfp4_quantize(x: Array) -> tuple[Array, Array]:
     """Quantise to MXFP4: per block of 32 the scale ``2 ** (floor(log2(amax)) - 2)``, codes to nearest, ties to even.
 
     Values that are exactly MXFP4 come back exactly. Magnitudes past 6 scales saturate; a block of zeros gets scale
-    byte 127.
+    byte 0.
 
     Parameters
     ----------

@@ -48,7 +48,7 @@ int nearest_e2m1(float magnitude) {
 void quantize_mx_block(const Tensor& values, int64_t row, int64_t block, uint8_t* codes, uint8_t* scale) {
   float amax = 0.0f;
   for (int i = 0; i < kMxBlock; ++i) amax = std::fmax(amax, std::fabs(value_at(values, row, block * kMxBlock + i)));
-  int exponent = 0;
+  int exponent = -127;  // a block of zeros
   if (amax > 0.0f) {
     std::frexp(amax, &exponent);  // amax = f * 2^exponent with f in [0.5, 1)
     exponent -= 3;                // floor(log2(amax)) - 2

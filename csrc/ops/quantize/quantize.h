@@ -1,7 +1,7 @@
 // quantize
 // Computes: mxfp4_dequantize: value = e2m1[code] * 2^(scale - 127). mxfp4_quantize: per block of 32,
 //           scale = 2^(floor(log2(amax)) - 2), codes to nearest, ties to the even code, saturating at 6; a block of
-//           zeros gets scale byte 127. int8_quantize: per block of 32, scale = amax / 127 rounded up to bfloat16,
+//           zeros gets scale byte 0. int8_quantize: per block of 32, scale = amax / 127 rounded up to bfloat16,
 //           code = round(x / scale), ties to even.
 // Shapes:   values (rows, k); blocks (rows, k / 32, 16); scales (rows, k / 32); codes (rows, k).
 // Dtypes:   values float32 or bfloat16 (the dequantised ones too); blocks, MXFP4 scales uint8; codes int8, their
