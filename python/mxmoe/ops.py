@@ -329,9 +329,7 @@ def expert_routing(router_logits: Array, experts_per_token: int) -> tuple[Array,
     """
     num_tokens, num_experts = _shape("router_logits", router_logits, 2)
     if not 1 <= experts_per_token <= num_experts:
-        raise ValueError(
-            f"experts_per_token is {experts_per_token}; wanted 1 to num_experts = {num_experts}"
-        )
+        raise ValueError(f"experts_per_token is {experts_per_token}; wanted 1 to num_experts = {num_experts}")
     ids = _empty(router_logits, (num_tokens, experts_per_token), "int32")
     weights = _empty(router_logits, (num_tokens, experts_per_token), "float32")
     _core.expert_routing(router_logits, ids, weights)
@@ -543,9 +541,7 @@ def sink_attention(
     return out
 
 
-def mxfp4_dequantize(
-    blocks: Array, scales: Array, *, dtype: Literal["float32", "bfloat16"] = "float32"
-) -> Array:
+def mxfp4_dequantize(blocks: Array, scales: Array, *, dtype: Literal["float32", "bfloat16"] = "float32") -> Array:
     """Decode MXFP4, exactly.
 
     Parameters

@@ -1,0 +1,233 @@
+"""A paged cache of keys and values for many sequences.
+
+Keys and values live in blocks of a fixed number of tokens. Full-attention layers keep every block of a sequence;
+sliding layers give a block back as soon as the window has moved past it. Layers of the same kind share one block
+table, because they hold the same positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import ml_dtypes
+import numpy as np
+from numpy.typing import NDArray
+
+from mxmoe.config import ModelConfig
+
+__all__ = ["KVCache", "LayerCache", "Pages"]
+
+KVDtype = Literal["float32", "bf16", "int8", "float64"]
+
+_DTYPES: dict[str, Any] = {
+    "float32": np.float32,
+    "bf16": ml_dtypes.bfloat16,
+    "int8": np.int8,
+    "float64": np.float64,  # the reference backend's own
+}
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """Keys and values of one layer.
+
+    Attributes
+    ----------
+    k, v : (num_blocks, num_key_value_heads, block_size, head_dim) of the cache's dtype
+    k_scales, v_scales : (num_blocks, num_key_value_heads, block_size) float32, or None unless int8
+    """
+
+    k: NDArray[Any]
+    v: NDArray[Any]
+    k_scales: NDArray[np.float32] | None
+    v_scales: NDArray[np.float32] | None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys, values and scales."""
+        return sum(a.nbytes for a in (self.k, self.v, self.k_scales, self.v_scales) if a is not None)
+
+
+@dataclass(frozen=True)
+class Pages:
+    """Where the new tokens of a step go, and where each sequence's keys are, for one kind of layer.
+
+    Attributes
+    ----------
+    slots : (num_tokens,) int64
+    block_table : (num_sequences, max_blocks) int32
+    """
+
+    slots: NDArray[np.int64]
+    block_table: NDArray[np.int32]
+
+
+class _Pool:
+    """The blocks of all layers of one kind: which are free, and which hold what of which sequence."""
+
+    def __init__(self, num_sequences: int, blocks_per_sequence: int, max_blocks: int, block_size: int) -> None:
+        self.num_blocks = num_sequences * blocks_per_sequence
+        self.block_size = block_size
+        self.table = np.full((num_sequences, max_blocks), -1, np.int32)
+        # Taken from the end: what was given back last is still warm.
+        self._free = list(range(self.num_blocks))[::-1]
+
+    def extend(self, sequence: int, begin: int, end: int) -> None:
+        """Make room for the positions from `begin` to `end` of a sequence."""
+        for block in range(begin // self.block_size, -(-end // self.block_size)):
+            if self.table[sequence, block] < 0:
+                self.table[sequence, block] = self._free.pop()
+
+    def release(self, sequence: int, below: int) -> None:
+        """Take back the blocks of a sequence that hold only positions under `below`."""
+        row = self.table[sequence, : below // self.block_size]
+        held = row[row >= 0]
+        if held.size:
+            self._free.extend(int(block) for block in held)
+            row[row >= 0] = -1
+
+    def slots(self, sequence: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        blocks = self.table[sequence, positions // self.block_size].astype(np.int64)
+        return blocks * self.block_size + positions % self.block_size
+
+
+class KVCache:
+    """Keys and values of up to `num_sequences` sequences of up to `max_tokens` tokens each.
+
+    Memory is taken as it is first written, so a long `max_tokens` costs nothing until it is used. Sliding
+    layers never hold more than their window and one step's new tokens.
+
+    Parameters
+    ----------
+    config : ModelConfig
+    max_tokens : int
+        Tokens a sequence may reach; at most ``config.max_position_embeddings``.
+    num_sequences : int
+    dtype : {"bf16", "float32", "int8"}
+        int8 keeps one float32 scale for each token and head. ("float64" is for the reference backend.)
+    block_size : int
+        Tokens in a block.
+    step_tokens : int
+        The most new tokens of one sequence in one step.
+
+    Raises
+    ------
+    ValueError
+        When a parameter is out of range.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        max_tokens: int,
+        *,
+        num_sequences: int = 1,
+        dtype: KVDtype = "bf16",
+        block_size: int = 64,
+        step_tokens: int = 512,
+    ) -> None:
+        if dtype not in _DTYPES:
+            raise ValueError(f"kv is {dtype!r}; wanted 'float32', 'bf16' or 'int8'")
+        if not 1 <= max_tokens <= config.max_position_embeddings:
+            raise ValueError(
+                f"max_tokens is {max_tokens}; wanted 1 to the model's context of {config.max_position_embeddings}"
+            )
+        for name, value in (
+            ("num_sequences", num_sequences),
+            ("block_size", block_size),
+            ("step_tokens", step_tokens),
+        ):
+            if value < 1:
+                raise ValueError(f"{name} is {value}; wanted 1 or more")
+        self.config, self.max_tokens, self.dtype = config, max_tokens, dtype
+        self.num_sequences, self.block_size, self.step_tokens = num_sequences, block_size, step_tokens
+        self._lengths = [0] * num_sequences
+
+        max_blocks = -(-max_tokens // block_size)
+        window = config.sliding_window or 1
+        # A window that begins anywhere in a block, then a step's new tokens.
+        sliding_blocks = min(max_blocks, -(-(window - 1 + step_tokens) // block_size) + 1)
+        per_sequence = {"full_attention": max_blocks, "sliding_attention": sliding_blocks}
+        self._pools = {
+            kind: _Pool(num_sequences, per_sequence[kind], max_blocks, block_size)
+            for kind in dict.fromkeys(config.layer_types)
+        }
+        self.layers = [self._allocate(self._pools[kind].num_blocks) for kind in config.layer_types]
+
+    def _allocate(self, num_blocks: int) -> LayerCache:
+        shape = (num_blocks, self.config.num_key_value_heads, self.block_size, self.config.head_dim)
+        scales = [None, None]
+        # zeros, not empty: the operating system hands out zero pages only when they are written.
+        if self.dtype == "int8":
+            scales = [np.zeros(shape[:3], np.float32), np.zeros(shape[:3], np.float32)]
+        dtype = _DTYPES[self.dtype]
+        return LayerCache(np.zeros(shape, dtype), np.zeros(shape, dtype), *scales)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens held of each sequence."""
+        return tuple(self._lengths)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that a full cache takes."""
+        return sum(layer.nbytes for layer in self.layers)
+
+    def check_room(self, sequence: int, new_tokens: int) -> None:
+        """Raise ValueError unless `sequence` exists and `new_tokens` more fit in it."""
+        if not 0 <= sequence < self.num_sequences:
+            raise ValueError(f"sequence is {sequence}; the cache has 0 to {self.num_sequences - 1}")
+        length = self._lengths[sequence]
+        if length + new_tokens > self.max_tokens:
+            raise ValueError(
+                f"sequence {sequence} holds {length} of {self.max_tokens} tokens; {new_tokens} more do not fit"
+            )
+
+    def reserve(self, sequences: Sequence[int], new_tokens: Sequence[int]) -> dict[str, Pages]:
+        """Find places for the next tokens of some sequences. They count only after `commit`.
+
+        Parameters
+        ----------
+        sequences, new_tokens : sequence of int
+            Which sequences, each at most once, and how many tokens each gets.
+
+        Returns
+        -------
+        dict
+            Pages by kind of layer.
+
+        Raises
+        ------
+        ValueError
+            When the tokens do not fit.
+        """
+        for sequence, count in zip(sequences, new_tokens, strict=True):
+            self.check_room(sequence, count)
+            if count > self.step_tokens:
+                raise ValueError(f"a step has {count} new tokens; the cache takes up to {self.step_tokens}")
+        pages = {}
+        for kind, pool in self._pools.items():
+            slots = []
+            for sequence, count in zip(sequences, new_tokens, strict=True):
+                begin = self._lengths[sequence]
+                pool.extend(sequence, begin, begin + count)
+                slots.append(pool.slots(sequence, np.arange(begin, begin + count)))
+            pages[kind] = Pages(np.concatenate(slots), pool.table[list(sequences)])
+        return pages
+
+    def commit(self, sequences: Sequence[int], new_tokens: Sequence[int]) -> None:
+        """Count tokens whose keys and values have been written in every layer; sliding layers let go of the past."""
+        for sequence, count in zip(sequences, new_tokens, strict=True):
+            self._lengths[sequence] += count
+            pool = self._pools.get("sliding_attention")
+            if pool is not None and self.config.sliding_window is not None:
+                pool.release(sequence, max(0, self._lengths[sequence] - self.config.sliding_window + 1))
+
+    def reset(self, sequence: int = 0) -> None:
+        """Forget a sequence."""
+        self.check_room(sequence, 0)
+        for pool in self._pools.values():
+            pool.release(sequence, pool.table.shape[1] * self.block_size)
+        self._lengths[sequence] = 0

@@ -1,0 +1,181 @@
+"""From a checkpoint to layers: one layer at a time, never two copies of the model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Literal, cast
+
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from mxmoe.checkpoint import Checkpoint, resolve
+from mxmoe.config import ModelConfig
+from mxmoe.layers import Attention, DecoderLayer, Embedding, Experts, Linear, MoE, RMSNorm
+from mxmoe.tokenizer import Tokenizer
+
+__all__ = ["LoadOptions", "load_weights", "resolve_options"]
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a model is held and computed; the defaults are those of `mxmoe.load`."""
+
+    device: str = "cpu"
+    dense: Literal["bf16", "int8"] = "bf16"
+    kv: Literal["float32", "bf16", "int8"] = "bf16"
+    activations: Literal["float32", "bf16", "int8"] = "bf16"
+    num_threads: int = 0
+    backend: Literal["kernels", "reference"] = "kernels"
+
+
+_CHOICES = {
+    "device": ("cpu",),
+    "dense": ("bf16", "int8"),
+    "kv": ("float32", "bf16", "int8"),
+    "activations": ("float32", "bf16", "int8"),
+    "backend": ("kernels", "reference"),
+}
+
+
+def resolve_options(
+    device: str,
+    dense: str | None,
+    kv: str | None,
+    activations: str | None,
+    num_threads: int,
+    backend: str,
+) -> LoadOptions:
+    """Fill in the defaults and check every option; ValueError names the one that is wrong."""
+    given = {"device": device, "dense": dense, "kv": kv, "activations": activations, "backend": backend}
+    chosen = {name: value for name, value in given.items() if value is not None}
+    for name, value in chosen.items():
+        if value not in _CHOICES[name]:
+            wanted = " or ".join(repr(choice) for choice in _CHOICES[name])
+            raise ValueError(f"{name} is {value!r}; wanted {wanted}")
+    if isinstance(num_threads, bool) or not isinstance(num_threads, int) or not 0 <= num_threads <= 1024:
+        raise ValueError(f"num_threads is {num_threads!r}; wanted 0 (all CPUs) to 1024")
+    return LoadOptions(num_threads=num_threads, **cast(dict[str, Any], chosen))
+
+
+def _ops_of(options: LoadOptions) -> ModuleType:
+    if options.backend == "reference":
+        from mxmoe.reference import ops as reference_ops
+
+        return reference_ops
+    from mxmoe import ops
+
+    return ops
+
+
+class _Builder:
+    """Makes layers of a checkpoint's weights."""
+
+    def __init__(self, checkpoint: Checkpoint, options: LoadOptions) -> None:
+        self.checkpoint, self.config, self.options = checkpoint, checkpoint.config, options
+        self.ops = _ops_of(options)
+        # The int8 form is what the model holds, so the reference computes on the very same codes.
+        self.int8_dense = options.dense == "int8"
+
+    def linear(self, weight: Array, bias: Array | None) -> Linear:
+        scales = None
+        # Blocks of 32 along the input; a weight that has no whole number of them stays as it is.
+        if self.int8_dense and weight.shape[1] % 32 == 0:
+            from mxmoe import ops
+
+            weight, scales = ops.int8_quantize(weight)
+        return Linear(self.ops, weight, bias, scales, self.options.activations)
+
+    def norm(self, weight: Array) -> RMSNorm:
+        return RMSNorm(self.ops, weight, self.config.rms_norm_eps)
+
+    def layer(self, i: int) -> DecoderLayer:
+        w, config, ops = self.checkpoint.layer(i), self.config, self.ops
+        attention = Attention(
+            ops=ops,
+            index=i,
+            kind=config.layer_types[i],
+            q_proj=self.linear(w.q_proj_weight, w.q_proj_bias),
+            k_proj=self.linear(w.k_proj_weight, w.k_proj_bias),
+            v_proj=self.linear(w.v_proj_weight, w.v_proj_bias),
+            o_proj=self.linear(w.o_proj_weight, w.o_proj_bias),
+            sinks=w.sinks,
+            head_dim=config.head_dim,
+            sm_scale=config.sm_scale,
+            window=config.window(i),
+        )
+        experts = Experts(
+            ops=ops,
+            gate_up_blocks=w.gate_up_blocks,
+            gate_up_scales=w.gate_up_scales,
+            gate_up_bias=w.gate_up_bias,
+            down_blocks=w.down_blocks,
+            down_scales=w.down_scales,
+            down_bias=w.down_bias,
+            activations=self.options.activations,
+            swiglu_alpha=config.swiglu_alpha,
+            swiglu_limit=config.swiglu_limit,
+        )
+        # The router is small and decides: it stays float32 x bf16 whatever the rest is rounded to.
+        router = Linear(ops, w.router_weight, w.router_bias, None, "float32")
+        mlp = MoE(ops, i, router, experts, config.experts_per_token)
+        if self.int8_dense:
+            projections = [f"{p}_proj_weight" for p in "qkvo"]
+            self.checkpoint.release(i, projections)
+        return DecoderLayer(i, self.norm(w.input_layernorm), attention, self.norm(w.post_attention_layernorm), mlp)
+
+    def lm_head(self) -> Linear:
+        head = self.linear(self.checkpoint.lm_head, None)
+        if self.int8_dense:
+            self.checkpoint.release(names=["lm_head"])
+        return head
+
+
+@contextmanager
+def _progress_bar(title: str, total: int, show: bool | None) -> Iterator[Any]:
+    """Yield a function that advances a bar on stderr by some bytes."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    visible = console.is_terminal if show is None else show
+    with Progress(*columns, console=console, transient=True, disable=not visible) as progress:
+        task = progress.add_task(title, total=total)
+        yield lambda n: progress.advance(task, n)
+
+
+def load_weights(name_or_path: str | Path, options: LoadOptions, progress: bool | None) -> dict[str, Any]:
+    """Open a checkpoint and build all layers; returns the arguments of `Model`."""
+    path = resolve(name_or_path, progress=sys.stderr.isatty() if progress is None else progress)
+    checkpoint = Checkpoint.open(path)
+    config: ModelConfig = checkpoint.config
+    if config.head_dim > 256:
+        raise ValueError(f"{path}: head_dim is {config.head_dim}; the attention kernels take up to 256")
+    tokenizer = None
+    if checkpoint.tokenizer_path is not None:
+        tokenizer = Tokenizer.from_file(checkpoint.tokenizer_path)
+    build = _Builder(checkpoint, options)
+    share = checkpoint.nbytes // (config.num_hidden_layers + 1)
+    layers = []
+    with _progress_bar(f"Loading {path.name}", share * (config.num_hidden_layers + 1), progress) as advance:
+        for i in range(config.num_hidden_layers):
+            layers.append(build.layer(i))
+            advance(share)
+        embed_tokens = Embedding(build.ops, checkpoint.embed_tokens)
+        norm, lm_head = build.norm(checkpoint.norm), build.lm_head()
+        advance(share)
+    return {
+        "config": config,
+        "path": checkpoint.path,
+        "options": options,
+        "tokenizer": tokenizer,
+        "embed_tokens": embed_tokens,
+        "layers": layers,
+        "norm": norm,
+        "lm_head": lm_head,
+    }

@@ -1,0 +1,339 @@
+"""The model: layers assembled from a checkpoint, and its forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Literal, overload
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from mxmoe.config import ModelConfig
+from mxmoe.generate import GenerationMixin
+from mxmoe.inspection import Hook, HookFunction, Taps, check_pattern, site_names
+from mxmoe.kv_cache import KVCache, KVDtype
+from mxmoe.layers import DecoderLayer, Embedding, Linear, RMSNorm, Step
+from mxmoe.loading import LoadOptions, load_weights, resolve_options
+from mxmoe.tokenizer import Tokenizer
+
+__all__ = ["Model", "load"]
+
+Array = NDArray[Any]
+Logits = Literal["all", "last", "none"]
+
+# New tokens that pass through the layers at a time: enough to use every weight tile many times, few enough that the
+# experts' working memory stays around 100 MB at gpt-oss's sizes.
+_STEP_TOKENS = 512
+
+
+class Model(GenerationMixin):
+    """A loaded gpt-oss model; made by `mxmoe.load`.
+
+    Attributes
+    ----------
+    config : ModelConfig
+    tokenizer : Tokenizer or None
+        None without a ``tokenizer.json``.
+    path : Path
+        The checkpoint's folder.
+    options : LoadOptions
+        How it was loaded.
+    embed_tokens : Embedding
+    layers : list of DecoderLayer
+        ``layers[i].self_attn.q_proj``, ``layers[i].mlp.router``, ``layers[i].mlp.experts`` and so on; their arrays
+        can be looked at and, assigned anew, replaced.
+    norm : RMSNorm
+    lm_head : Linear
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        path: Path,
+        options: LoadOptions,
+        tokenizer: Tokenizer | None,
+        embed_tokens: Embedding,
+        layers: list[DecoderLayer],
+        norm: RMSNorm,
+        lm_head: Linear,
+    ) -> None:
+        self.config, self.path, self.options, self.tokenizer = config, path, options, tokenizer
+        self.embed_tokens, self.layers, self.norm, self.lm_head = embed_tokens, layers, norm, lm_head
+        self._ops = embed_tokens.ops
+        self._rope = self._ops.rope_inv_freq(config.head_dim, **vars(config.rope))
+        self._hooks: list[Hook] = []
+
+    def __repr__(self) -> str:
+        c = self.config
+        return (
+            f"<mxmoe.Model {self.path.name}: {c.num_hidden_layers} layers, {c.num_experts} experts, "
+            f"dense={self.options.dense}, kv={self.options.kv}, activations={self.options.activations}>"
+        )
+
+    @property
+    def sites(self) -> list[str]:
+        """Names of all places that `forward` can capture and `hook` can change."""
+        return site_names(self.config)
+
+    def new_cache(self, max_tokens: int, *, num_sequences: int = 1) -> KVCache:
+        """Make an empty KV cache.
+
+        Parameters
+        ----------
+        max_tokens : int
+            Tokens that a sequence may reach, prompt and generated.
+        num_sequences : int
+            Sequences that the cache holds side by side.
+
+        Returns
+        -------
+        KVCache
+            In the dtype that the model was loaded with (`kv`).
+
+        Raises
+        ------
+        ValueError
+            `max_tokens` is below 1 or past the model's context.
+        """
+        dtype: KVDtype = "float64" if self.options.backend == "reference" else self.options.kv
+        return KVCache(self.config, max_tokens, num_sequences=num_sequences, dtype=dtype, step_tokens=_STEP_TOKENS)
+
+    def hook(self, name: str, fn: HookFunction) -> Hook:
+        """Install a function that sees, and may replace, a value of every forward pass from now on.
+
+        Parameters
+        ----------
+        name : str
+            A site of `sites`, or a glob pattern of some (``"layers.*.router_logits"``).
+        fn : callable
+            Called as ``fn(value, context)`` with the rows of a step and a `HookContext`; returns an array of the
+            same shape to go on with, or None to leave the value. It may change the value in place.
+
+        Returns
+        -------
+        Hook
+            Call its ``remove()``, or use it as a context manager.
+
+        Raises
+        ------
+        ValueError
+            The name matches no site.
+
+        Examples
+        --------
+        >>> def ablate(logits, context):
+        ...     logits[:, 3] = -np.inf  # expert 3 is never chosen
+        >>> with model.hook("layers.*.router_logits", ablate):
+        ...     text = model.complete("Once upon")
+        """
+        check_pattern(name, self.config, "hook")
+        if not callable(fn):
+            raise TypeError(f"fn is of type {type(fn).__name__}; wanted a function of (value, context)")
+        hook = Hook(name, fn, self._hooks)
+        self._hooks.append(hook)
+        return hook
+
+    @overload
+    def forward(
+        self,
+        token_ids: ArrayLike,
+        *,
+        cache: KVCache | None = None,
+        cu_seqlens: Sequence[int] | None = None,
+        sequences: Sequence[int] | None = None,
+        logits: Logits = "all",
+        capture: None = None,
+    ) -> Array: ...
+
+    @overload
+    def forward(
+        self,
+        token_ids: ArrayLike,
+        *,
+        cache: KVCache | None = None,
+        cu_seqlens: Sequence[int] | None = None,
+        sequences: Sequence[int] | None = None,
+        logits: Logits = "all",
+        capture: Sequence[str],
+    ) -> tuple[Array, dict[str, Array]]: ...
+
+    def forward(
+        self,
+        token_ids: ArrayLike,
+        *,
+        cache: KVCache | None = None,
+        cu_seqlens: Sequence[int] | None = None,
+        sequences: Sequence[int] | None = None,
+        logits: Logits = "all",
+        capture: Sequence[str] | None = None,
+    ) -> Array | tuple[Array, dict[str, Array]]:
+        """Run new tokens through the model.
+
+        Parameters
+        ----------
+        token_ids : array_like of int, shape (T,)
+            New tokens of one sequence, or of several one after the other.
+        cache : KVCache, optional
+            Holds the tokens that came before and takes the new ones. Without it the tokens are whole sequences.
+        cu_seqlens : sequence of int, optional
+            Where each sequence's tokens begin, and T: ``[0, T]`` by default.
+        sequences : sequence of int, optional
+            Which sequences of the cache they belong to, each at most once; 0, 1, ... by default.
+        logits : {"all", "last", "none"}
+            Rows to compute logits for: every token, each sequence's last one, or none.
+        capture : sequence of str, optional
+            Sites (or glob patterns) to return the values of; see `sites` and `mxmoe.inspection.site_names`.
+
+        Returns
+        -------
+        logits : ndarray, shape (T or num_sequences or 0, vocab_size), float32
+        captured : dict of ndarray
+            Only with `capture`: the values by site, a row for each token, copies.
+
+        Raises
+        ------
+        ValueError
+            An id outside the vocabulary, offsets that do not fit, an unknown site, or tokens that do not fit in the
+            cache. The cache is then as before.
+        """
+        ids = _check_token_ids(token_ids, self.config.vocab_size)
+        bounds = _check_bounds(cu_seqlens, ids.size)
+        counts = np.diff(bounds)
+        if logits not in ("all", "last", "none"):
+            raise ValueError(f"logits is {logits!r}; wanted 'all', 'last' or 'none'")
+        if cache is None:
+            cache = self.new_cache(max(1, int(counts.max())), num_sequences=len(counts))
+        which = _check_sequences(sequences, len(counts))
+        for sequence, count in zip(which, counts, strict=True):
+            cache.check_room(sequence, int(count))
+        taps = Taps(self.config, self._hooks, capture)
+
+        rows = []
+        with self._threads():
+            for begin in range(0, ids.size, cache.step_tokens):
+                end = min(begin + cache.step_tokens, ids.size)
+                # The part of every sequence that falls into this step.
+                cut = np.clip(bounds, begin, end) - begin
+                present = [i for i in range(len(counts)) if cut[i + 1] > cut[i]]
+                x = self._step(ids[begin:end], cache, [which[i] for i in present], np.diff(cut)[present], taps)
+                wanted = _wanted_rows(logits, bounds, begin, end)
+                taps.positions, taps.sequences = taps.positions[wanted], taps.sequences[wanted]
+                if wanted.size:
+                    x = taps("final_norm", self.norm(np.ascontiguousarray(x[wanted])))
+                    rows.append(taps("logits", self.lm_head(x)))
+        result = np.concatenate(rows) if len(rows) > 1 else rows[0] if rows else self._no_logits()
+        return result if capture is None else (result, taps.captured)
+
+    __call__ = forward
+
+    def _no_logits(self) -> Array:
+        return np.zeros((0, self.config.vocab_size), np.float32)
+
+    def _threads(self) -> Any:
+        if self.options.backend == "reference":
+            return nullcontext()
+        return self._ops.num_threads(self.options.num_threads)
+
+    def _step(self, ids: Array, cache: KVCache, sequences: list[int], counts: Array, taps: Taps) -> Array:
+        """Run up to step_tokens new tokens through all layers; (T,) -> residual stream (T, H)."""
+        lengths = np.array([cache.lengths[s] for s in sequences], np.int64)
+        pages = cache.reserve(sequences, [int(n) for n in counts])
+        positions = np.concatenate(
+            [np.arange(n, n + new, dtype=np.int64) for n, new in zip(lengths, counts, strict=True)]
+        )
+        taps.positions, taps.sequences = positions, np.repeat(np.array(sequences, np.int64), counts)
+        cos, sin = self._ops.rope_cos_sin(positions, *self._rope)
+        cu_seqlens = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+        step = Step(cos, sin, cu_seqlens, (lengths + counts).astype(np.int32), pages, cache, taps)
+
+        x = taps("embedding", self.embed_tokens(ids))
+        for layer in self.layers:
+            x = layer(x, step)
+        cache.commit(sequences, [int(n) for n in counts])
+        return x
+
+
+def _check_token_ids(token_ids: ArrayLike, vocab_size: int) -> NDArray[np.int64]:
+    ids = np.asarray(token_ids)
+    if ids.ndim != 1 or ids.size == 0 or ids.dtype.kind not in "iu":
+        raise ValueError(
+            f"token_ids has shape {ids.shape} and dtype {ids.dtype}; wanted a non-empty vector of integers"
+        )
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        bad = ids[(ids < 0) | (ids >= vocab_size)][0]
+        raise ValueError(f"token_ids holds {bad}; wanted 0 to {vocab_size - 1}")
+    return ids.astype(np.int64)
+
+
+def _check_bounds(cu_seqlens: Sequence[int] | None, num_tokens: int) -> NDArray[np.int64]:
+    bounds = np.array([0, num_tokens] if cu_seqlens is None else cu_seqlens, np.int64)
+    if bounds.ndim != 1 or bounds.size < 2 or bounds[0] != 0 or bounds[-1] != num_tokens:
+        raise ValueError(f"cu_seqlens is {bounds.tolist()}; wanted it to run from 0 to {num_tokens}")
+    if (np.diff(bounds) < 1).any():
+        raise ValueError(f"cu_seqlens is {bounds.tolist()}; wanted at least one token for every sequence")
+    return bounds
+
+
+def _check_sequences(sequences: Sequence[int] | None, count: int) -> list[int]:
+    which = list(range(count)) if sequences is None else [int(s) for s in sequences]
+    if len(which) != count or len(set(which)) != count:
+        raise ValueError(f"sequences is {which}; wanted {count} different numbers, as many as cu_seqlens has")
+    return which
+
+
+def _wanted_rows(logits: Logits, bounds: Array, begin: int, end: int) -> NDArray[np.int64]:
+    """Rows of the step from `begin` to `end` whose logits are wanted."""
+    if logits == "all":
+        return np.arange(end - begin)
+    last = bounds[1:] - 1
+    return last[(last >= begin) & (last < end)] - begin if logits == "last" else np.zeros(0, np.int64)
+
+
+def load(
+    name_or_path: str | Path,
+    *,
+    device: str = "cpu",
+    dense: Literal["bf16", "int8"] | None = None,
+    kv: Literal["float32", "bf16", "int8"] | None = None,
+    activations: Literal["float32", "bf16", "int8"] | None = None,
+    num_threads: int = 0,
+    backend: Literal["kernels", "reference"] = "kernels",
+    progress: bool | None = None,
+) -> Model:
+    """Load a model.
+
+    Parameters
+    ----------
+    name_or_path : str or Path
+        A folder with a checkpoint in Hugging Face's or OpenAI's original layout; ``"tiny"``, the small model that
+        comes with the package; or a name on the Hugging Face hub (``"gpt-oss-20b"`` is short for
+        ``"openai/gpt-oss-20b"``), fetched into its usual cache.
+    device : {"cpu"}
+    dense : {"bf16", "int8"}
+        Attention projections and lm_head as stored, or rounded to int8 with a scale per block of 32 while loading.
+    kv : {"bf16", "float32", "int8"}
+        Dtype of the KV cache.
+    activations : {"bf16", "float32", "int8"}
+        What activations are rounded to before they meet a weight. Defaults of these three: `LoadOptions`.
+    num_threads : int
+        0 for as many as this process has CPUs.
+    backend : {"kernels", "reference"}
+        "reference" runs every op in float64 NumPy: slow, exact, for comparing step by step.
+    progress : bool, optional
+        Show a progress bar on stderr; by default when it is a terminal.
+
+    Returns
+    -------
+    Model
+
+    Raises
+    ------
+    ConfigError, CheckpointError, TokenizerError
+        (all ValueError) when a file is missing, damaged or does not fit; before memory is touched.
+    ValueError
+        An option is unknown.
+    """
+    options = resolve_options(device, dense, kv, activations, num_threads, backend)
+    return Model(**load_weights(name_or_path, options, progress))
