@@ -136,9 +136,7 @@ class Weights:
             self._pools[key] = (self._normal * np.float32(std) + np.float32(mean)).astype(ml_dtypes.bfloat16)
         return self._pools[key]
 
-    def pieces(
-        self, name: str, layer: int, start: int = 0, count: int | None = None
-    ) -> Iterator[NDArray[Any]]:
+    def pieces(self, name: str, layer: int, start: int = 0, count: int | None = None) -> Iterator[NDArray[Any]]:
         """Yield elements `start` to `start + count` (all by default) of a weight, flat and in order."""
         pool = self._pool(name)
         rng = np.random.default_rng([self.seed, zlib.crc32(name.encode()), layer])
@@ -280,15 +278,11 @@ def write_checkpoint(
         shards[-1].append(tensor)
         sizes[-1] += tensor.nbytes
     if sum(sizes) > shutil.disk_usage(out).free:
-        raise OSError(
-            f"{out} has {shutil.disk_usage(out).free} bytes free, the checkpoint takes {sum(sizes)}"
-        )
+        raise OSError(f"{out} has {shutil.disk_usage(out).free} bytes free, the checkpoint takes {sum(sizes)}")
     dash = "--" if layout == "original" else "-"
     weight_map = {}
     for i, shard in enumerate(shards, 1):
-        name = (
-            f"model{dash}{i:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-        )
+        name = f"model{dash}{i:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
         with (out / name).open("wb") as file:
             write_shard(file, shard)
         weight_map |= {tensor.name: name for tensor in shard}
@@ -313,9 +307,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, metavar="N", help="only the first N layers")
     parser.add_argument("--layout", choices=LAYOUTS, default="huggingface", help="default: huggingface")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="default: 0")
-    parser.add_argument(
-        "--shard-gib", type=float, default=4.0, metavar="G", help="largest shard (default: 4)"
-    )
+    parser.add_argument("--shard-gib", type=float, default=4.0, metavar="G", help="largest shard (default: 4)")
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="tokenizer.json to copy in")
     args = parser.parse_args()
     config = SIZES[args.size]
@@ -328,9 +320,7 @@ def main() -> int:
         parser.error(f"--tokenizer: {args.tokenizer} is not a file")
     try:
         shard_bytes = int(args.shard_gib * 2**30)
-        write_checkpoint(
-            args.out, config, layout=args.layout, seed=args.seed, shard_bytes=shard_bytes, report=print
-        )
+        write_checkpoint(args.out, config, layout=args.layout, seed=args.seed, shard_bytes=shard_bytes, report=print)
         if args.tokenizer is not None:
             shutil.copyfile(args.tokenizer, args.out / "tokenizer.json")
     except OSError as problem:

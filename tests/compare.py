@@ -68,9 +68,7 @@ def assert_exact(got: Any, want: Any) -> None:
     if not same.all():
         at = _at(np.atleast_1d(~same))
         first = at if got.ndim else ()
-        raise AssertionError(
-            f"{(~same).sum()} of {same.size} differ, first {at}: {got[first]}, {want[first]}"
-        )
+        raise AssertionError(f"{(~same).sum()} of {same.size} differ, first {at}: {got[first]}, {want[first]}")
 
 
 def assert_close(
@@ -114,9 +112,7 @@ def assert_close(
     if not (error <= limit).all():
         at = _at(np.atleast_1d(error > limit))
         value, true = np.atleast_1d(as_numpy(got))[at], np.atleast_1d(want)[at]
-        over = (
-            f"error {np.atleast_1d(error)[at]:.3g} of the row's scale, limit {np.atleast_1d(limit)[at]:.3g}"
-        )
+        over = f"error {np.atleast_1d(error)[at]:.3g} of the row's scale, limit {np.atleast_1d(limit)[at]:.3g}"
         raise AssertionError(f"element {at} is {value}, expected {true}: {over}")
     # A row that is wrong by little everywhere passes the test of its worst element.
     rms, rms_limit = _rms(error), SLACK * worst_rms + floor
@@ -159,9 +155,7 @@ def relative_error(got: Any, want64: ArrayLike) -> NDArray[np.float64]:
     return _rms(as_numpy(got).astype(np.float64) - want) / want.std(axis=-1)
 
 
-def poisoned(
-    shape: tuple[int, ...], dtype: Any, *, misalign: int = 0
-) -> tuple[NDArray[Any], Callable[[], None]]:
+def poisoned(shape: tuple[int, ...], dtype: Any, *, misalign: int = 0) -> tuple[NDArray[Any], Callable[[], None]]:
     """Make an output array that betrays what was not written, and what was written beside it.
 
     Parameters
@@ -194,8 +188,6 @@ def poisoned(
         if dtype.itemsize > 1 and size:
             raw = whole[start : start + size].reshape(-1, dtype.itemsize)
             left = (raw == fill).all(axis=1).reshape(shape)
-            assert not left.any(), (
-                f"{left.sum()} of {left.size} elements were never written, first {_at(left)}"
-            )
+            assert not left.any(), f"{left.sum()} of {left.size} elements were never written, first {_at(left)}"
 
     return view, check

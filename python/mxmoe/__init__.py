@@ -6,17 +6,38 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
 
-from mxmoe import harmony, ops
-from mxmoe.checkpoint import Checkpoint, CheckpointError
-from mxmoe.config import ConfigError, ModelConfig
-from mxmoe.doctor import doctor
-from mxmoe.generate import Generation, GenerationStep
-from mxmoe.inspection import HookContext
-from mxmoe.kv_cache import KVCache
-from mxmoe.model import Model, load
-from mxmoe.tokenizer import Tokenizer, TokenizerError
+if TYPE_CHECKING:
+    from mxmoe import harmony, ops, reference
+    from mxmoe.checkpoint import Checkpoint, CheckpointError
+    from mxmoe.config import ConfigError, ModelConfig
+    from mxmoe.doctor import doctor
+    from mxmoe.generate import Generation, GenerationStep, Model
+    from mxmoe.inspection import HookContext
+    from mxmoe.kv_cache import KVCache
+    from mxmoe.loading import load
+    from mxmoe.tokenizer import Tokenizer, TokenizerError
+
+# Imported when first asked for, so that the command line answers (and can be interrupted) at once.
+_HOME = {
+    "Checkpoint": "checkpoint",
+    "CheckpointError": "checkpoint",
+    "ConfigError": "config",
+    "Generation": "generate",
+    "GenerationStep": "generate",
+    "HookContext": "inspection",
+    "KVCache": "kv_cache",
+    "Model": "generate",
+    "ModelConfig": "config",
+    "Tokenizer": "tokenizer",
+    "TokenizerError": "tokenizer",
+    "doctor": "doctor",
+    "load": "loading",
+}
+_MODULES = ("harmony", "ops", "reference")
 
 __all__ = [
     "Checkpoint",
@@ -34,9 +55,24 @@ __all__ = [
     "harmony",
     "load",
     "ops",
+    "reference",
 ]
 
 try:
     __version__ = version("mxmoe")
 except PackageNotFoundError:  # run from a source tree that is not installed
     __version__ = "0"
+
+
+def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"mxmoe.{name}")
+    if name in _HOME:
+        # Kept in the module's own namespace: "doctor" is both a function and the module that holds it.
+        value = globals()[name] = getattr(import_module(f"mxmoe.{_HOME[name]}"), name)
+        return value
+    raise AttributeError(f"module 'mxmoe' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

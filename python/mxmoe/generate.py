@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from mxmoe.kv_cache import KVCache
+from mxmoe.model import Transformer
 from mxmoe.sampling import Sampler, SamplingParams
 from mxmoe.tokenizer import StopStrings, StreamDecoder, Tokenizer
 
-if TYPE_CHECKING:
-    from mxmoe.kv_cache import KVCache
-    from mxmoe.model import Model
-
-__all__ = ["Generation", "GenerationStep"]
+__all__ = ["Generation", "GenerationStep", "Model"]
 
 FinishReason = Literal["stop", "length"]
 
@@ -111,11 +109,11 @@ class _Sequence:
         return Generation([s.token_id for s in steps], [s.logprob for s in steps], reason, text)
 
 
-class GenerationMixin:
-    """The part of `Model` that generates."""
+class Model(Transformer):
+    """A loaded gpt-oss model; made by `mxmoe.load`. Attributes and `forward` are those of `Transformer`."""
 
     def generate(
-        self: Model,  # type: ignore[misc]
+        self,
         token_ids: ArrayLike,
         max_new_tokens: int = 64,
         *,
@@ -165,7 +163,7 @@ class GenerationMixin:
         return (step for step, _ in _stream(self, ids, sequence, cache))
 
     def stream(
-        self: Model,  # type: ignore[misc]
+        self,
         prompt: str,
         max_new_tokens: int = 64,
         *,
@@ -196,7 +194,7 @@ class GenerationMixin:
         return (text for _, text in _stream(self, ids, sequence, cache) if text)
 
     def complete(
-        self: Model,  # type: ignore[misc]
+        self,
         prompt: str,
         max_new_tokens: int = 64,
         *,
@@ -243,7 +241,7 @@ class GenerationMixin:
         return "".join(pieces)
 
     def generate_batch(
-        self: Model,  # type: ignore[misc]
+        self,
         prompts: Sequence[ArrayLike] | Sequence[str],
         max_new_tokens: int = 64,
         *,

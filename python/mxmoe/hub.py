@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 
@@ -41,17 +42,20 @@ def resolve(name_or_path: str | Path, *, progress: bool = True) -> Path:
     without a network, the cached copy is used.
     """
     text = str(name_or_path)
-    path = Path(text).expanduser()
-    if any((path / place / "config.json").is_file() for place in ("", "original")):
+    # os.path answers False where pathlib raises: unknown users, names too long for the file system.
+    path = Path(os.path.expanduser(text))
+    if any(os.path.isfile(path / place / "config.json") for place in ("", "original")):
         return path
     if text == "tiny":
         return Path(__file__).parent / "tiny"
-    if path.is_dir():
+    if os.path.isdir(path):
         raise CheckpointError(f"{path}: no config.json in this folder, expected a checkpoint")
     repository = _SHORT_NAMES.get(text, text)
-    if path.exists() or not _HUB_NAME.fullmatch(repository) or isinstance(name_or_path, Path):
+    if os.path.exists(path) or not _HUB_NAME.fullmatch(repository) or isinstance(name_or_path, Path):
         known = ", ".join(["tiny", *_SHORT_NAMES])
-        raise CheckpointError(f"{text!r} is neither a folder, nor one of {known}, nor organisation/name on the hub")
+        raise CheckpointError(
+            f"{text!r:.200} is neither a folder, nor one of {known}, nor organisation/name on the hub"
+        )
     return _download(repository, progress)
 
 

@@ -89,7 +89,7 @@ class _Pool:
             row[row >= 0] = -1
 
     def slots(self, sequence: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        blocks = self.table[sequence, positions // self.block_size].astype(np.int64)
+        blocks: NDArray[np.int64] = self.table[sequence, positions // self.block_size].astype(np.int64)
         return blocks * self.block_size + positions % self.block_size
 
 
@@ -158,7 +158,7 @@ class KVCache:
 
     def _allocate(self, num_blocks: int) -> LayerCache:
         shape = (num_blocks, self.config.num_key_value_heads, self.block_size, self.config.head_dim)
-        scales = [None, None]
+        scales: list[NDArray[np.float32] | None] = [None, None]
         # zeros, not empty: the operating system hands out zero pages only when they are written.
         if self.dtype == "int8":
             scales = [np.zeros(shape[:3], np.float32), np.zeros(shape[:3], np.float32)]
@@ -207,7 +207,7 @@ class KVCache:
             self.check_room(sequence, count)
             if count > self.step_tokens:
                 raise ValueError(f"a step has {count} new tokens; the cache takes up to {self.step_tokens}")
-        pages = {}
+        pages: dict[str, Pages] = {}
         for kind, pool in self._pools.items():
             slots = []
             for sequence, count in zip(sequences, new_tokens, strict=True):

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
 from mxmoe.kv_cache import KVCache, Pages
 
 __all__ = ["Attention", "DecoderLayer", "Embedding", "Experts", "Linear", "MoE", "RMSNorm", "Step"]
 
-Array = NDArray[Any]
+Array = Any  # an array of the ops' kind
 Ops = Any  # a module with the functions of mxmoe.ops
 
 

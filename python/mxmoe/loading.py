@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, cast
@@ -16,24 +15,14 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, Trans
 
 from mxmoe.checkpoint import Checkpoint, resolve
 from mxmoe.config import ModelConfig
+from mxmoe.generate import Model
 from mxmoe.layers import Attention, DecoderLayer, Embedding, Experts, Linear, MoE, RMSNorm
+from mxmoe.model import LoadOptions
 from mxmoe.tokenizer import Tokenizer
 
-__all__ = ["LoadOptions", "load_weights", "resolve_options"]
+__all__ = ["load"]
 
 Array = NDArray[Any]
-
-
-@dataclass(frozen=True)
-class LoadOptions:
-    """How a model is held and computed; the defaults are those of `mxmoe.load`."""
-
-    device: str = "cpu"
-    dense: Literal["bf16", "int8"] = "bf16"
-    kv: Literal["float32", "bf16", "int8"] = "bf16"
-    activations: Literal["float32", "bf16", "int8"] = "bf16"
-    num_threads: int = 0
-    backend: Literal["kernels", "reference"] = "kernels"
 
 
 _CHOICES = {
@@ -45,7 +34,7 @@ _CHOICES = {
 }
 
 
-def resolve_options(
+def _resolve_options(
     device: str,
     dense: str | None,
     kv: str | None,
@@ -149,8 +138,51 @@ def _progress_bar(title: str, total: int, show: bool | None) -> Iterator[Any]:
         yield lambda n: progress.advance(task, n)
 
 
-def load_weights(name_or_path: str | Path, options: LoadOptions, progress: bool | None) -> dict[str, Any]:
-    """Open a checkpoint and build all layers; returns the arguments of `Model`."""
+def load(
+    name_or_path: str | Path,
+    *,
+    device: str = "cpu",
+    dense: Literal["bf16", "int8"] | None = None,
+    kv: Literal["float32", "bf16", "int8"] | None = None,
+    activations: Literal["float32", "bf16", "int8"] | None = None,
+    num_threads: int = 0,
+    backend: Literal["kernels", "reference"] = "kernels",
+    progress: bool | None = None,
+) -> Model:
+    """Load a model.
+
+    Parameters
+    ----------
+    name_or_path : str or Path
+        A folder with a checkpoint in Hugging Face's or OpenAI's original layout; ``"tiny"``, the small model that
+        comes with the package; or a name on the Hugging Face hub (``"gpt-oss-20b"`` is short for
+        ``"openai/gpt-oss-20b"``), fetched into its usual cache.
+    device : {"cpu"}
+    dense : {"bf16", "int8"}
+        Attention projections and lm_head as stored, or rounded to int8 with a scale per block of 32 while loading.
+    kv : {"bf16", "float32", "int8"}
+        Dtype of the KV cache.
+    activations : {"bf16", "float32", "int8"}
+        What activations are rounded to before they meet a weight. Defaults of these three: `LoadOptions`.
+    num_threads : int
+        0 for as many as this process has CPUs.
+    backend : {"kernels", "reference"}
+        "reference" runs every op in float64 NumPy: slow, exact, for comparing step by step.
+    progress : bool, optional
+        Show a progress bar on stderr; by default when it is a terminal.
+
+    Returns
+    -------
+    Model
+
+    Raises
+    ------
+    ConfigError, CheckpointError, TokenizerError
+        (all ValueError) when a file is missing, damaged or does not fit; before memory is touched.
+    ValueError
+        An option is unknown.
+    """
+    options = _resolve_options(device, dense, kv, activations, num_threads, backend)
     path = resolve(name_or_path, progress=sys.stderr.isatty() if progress is None else progress)
     checkpoint = Checkpoint.open(path)
     config: ModelConfig = checkpoint.config
@@ -169,13 +201,4 @@ def load_weights(name_or_path: str | Path, options: LoadOptions, progress: bool 
         embed_tokens = Embedding(build.ops, checkpoint.embed_tokens)
         norm, lm_head = build.norm(checkpoint.norm), build.lm_head()
         advance(share)
-    return {
-        "config": config,
-        "path": checkpoint.path,
-        "options": options,
-        "tokenizer": tokenizer,
-        "embed_tokens": embed_tokens,
-        "layers": layers,
-        "norm": norm,
-        "lm_head": lm_head,
-    }
+    return Model(config, checkpoint.path, options, tokenizer, embed_tokens, layers, norm, lm_head)

@@ -1,9 +1,10 @@
-"""The model: layers assembled from a checkpoint, and its forward pass."""
+"""The model's forward pass: layers over a cache, step by step."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -11,14 +12,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mxmoe.config import ModelConfig
-from mxmoe.generate import GenerationMixin
 from mxmoe.inspection import Hook, HookFunction, Taps, check_pattern, site_names
 from mxmoe.kv_cache import KVCache, KVDtype
 from mxmoe.layers import DecoderLayer, Embedding, Linear, RMSNorm, Step
-from mxmoe.loading import LoadOptions, load_weights, resolve_options
 from mxmoe.tokenizer import Tokenizer
 
-__all__ = ["Model", "load"]
+__all__ = ["LoadOptions", "Transformer"]
 
 Array = NDArray[Any]
 Logits = Literal["all", "last", "none"]
@@ -28,8 +27,20 @@ Logits = Literal["all", "last", "none"]
 _STEP_TOKENS = 512
 
 
-class Model(GenerationMixin):
-    """A loaded gpt-oss model; made by `mxmoe.load`.
+@dataclass(frozen=True)
+class LoadOptions:
+    """How a model is held and computed; the defaults are those of `mxmoe.load`."""
+
+    device: str = "cpu"
+    dense: Literal["bf16", "int8"] = "bf16"
+    kv: Literal["float32", "bf16", "int8"] = "bf16"
+    activations: Literal["float32", "bf16", "int8"] = "bf16"
+    num_threads: int = 0
+    backend: Literal["kernels", "reference"] = "kernels"
+
+
+class Transformer:
+    """Embedding, layers and output head: what turns token ids into logits.
 
     Attributes
     ----------
@@ -68,7 +79,7 @@ class Model(GenerationMixin):
     def __repr__(self) -> str:
         c = self.config
         return (
-            f"<mxmoe.Model {self.path.name}: {c.num_hidden_layers} layers, {c.num_experts} experts, "
+            f"<mxmoe.{type(self).__name__} {self.path.name}: {c.num_hidden_layers} layers, {c.num_experts} experts, "
             f"dense={self.options.dense}, kv={self.options.kv}, activations={self.options.activations}>"
         )
 
@@ -289,51 +300,3 @@ def _wanted_rows(logits: Logits, bounds: Array, begin: int, end: int) -> NDArray
         return np.arange(end - begin)
     last = bounds[1:] - 1
     return last[(last >= begin) & (last < end)] - begin if logits == "last" else np.zeros(0, np.int64)
-
-
-def load(
-    name_or_path: str | Path,
-    *,
-    device: str = "cpu",
-    dense: Literal["bf16", "int8"] | None = None,
-    kv: Literal["float32", "bf16", "int8"] | None = None,
-    activations: Literal["float32", "bf16", "int8"] | None = None,
-    num_threads: int = 0,
-    backend: Literal["kernels", "reference"] = "kernels",
-    progress: bool | None = None,
-) -> Model:
-    """Load a model.
-
-    Parameters
-    ----------
-    name_or_path : str or Path
-        A folder with a checkpoint in Hugging Face's or OpenAI's original layout; ``"tiny"``, the small model that
-        comes with the package; or a name on the Hugging Face hub (``"gpt-oss-20b"`` is short for
-        ``"openai/gpt-oss-20b"``), fetched into its usual cache.
-    device : {"cpu"}
-    dense : {"bf16", "int8"}
-        Attention projections and lm_head as stored, or rounded to int8 with a scale per block of 32 while loading.
-    kv : {"bf16", "float32", "int8"}
-        Dtype of the KV cache.
-    activations : {"bf16", "float32", "int8"}
-        What activations are rounded to before they meet a weight. Defaults of these three: `LoadOptions`.
-    num_threads : int
-        0 for as many as this process has CPUs.
-    backend : {"kernels", "reference"}
-        "reference" runs every op in float64 NumPy: slow, exact, for comparing step by step.
-    progress : bool, optional
-        Show a progress bar on stderr; by default when it is a terminal.
-
-    Returns
-    -------
-    Model
-
-    Raises
-    ------
-    ConfigError, CheckpointError, TokenizerError
-        (all ValueError) when a file is missing, damaged or does not fit; before memory is touched.
-    ValueError
-        An option is unknown.
-    """
-    options = resolve_options(device, dense, kv, activations, num_threads, backend)
-    return Model(**load_weights(name_or_path, options, progress))

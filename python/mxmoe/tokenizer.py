@@ -65,9 +65,7 @@ class Tokenizer:
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         if not isinstance(backend.model, models.BPE) or not isinstance(backend.decoder, decoders.ByteLevel):
             found = f"{type(backend.model).__name__} with decoder {type(backend.decoder).__name__}"
-            raise TokenizerError(
-                f"the tokenizer must be a BPE model with a ByteLevel decoder, but is {found}"
-            )
+            raise TokenizerError(f"the tokenizer must be a BPE model with a ByteLevel decoder, but is {found}")
         control = [
             AddedToken(token.content, special=True, normalized=False)
             for token in backend.get_added_tokens_decoder().values()
@@ -79,13 +77,9 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
-        self._added = {
-            token_id: token.content for token_id, token in backend.get_added_tokens_decoder().items()
-        }
+        self._added = {token_id: token.content for token_id, token in backend.get_added_tokens_decoder().items()}
         self._special = {
-            token.content: token_id
-            for token_id, token in backend.get_added_tokens_decoder().items()
-            if token.special
+            token.content: token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
         }
         self._special_ids = frozenset(self._special.values())
 

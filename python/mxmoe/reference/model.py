@@ -21,9 +21,7 @@ __all__ = ["forward"]
 Float = NDArray[np.float64]
 
 
-def attention(
-    q: Float, k: Float, v: Float, sinks: Float, sm_scale: float, window: int | None
-) -> tuple[Float, Float]:
+def attention(q: Float, k: Float, v: Float, sinks: Float, sm_scale: float, window: int | None) -> tuple[Float, Float]:
     """Attend over one whole sequence.
 
     Parameters
@@ -78,9 +76,7 @@ def layer(x: Float, w: LayerWeights, config: ModelConfig, i: int, seen: dict[str
     return x
 
 
-def forward(
-    checkpoint: Checkpoint, token_ids: ArrayLike, *, capture: dict[str, NDArray[Any]] | None = None
-) -> Float:
+def forward(checkpoint: Checkpoint, token_ids: ArrayLike, *, capture: dict[str, NDArray[Any]] | None = None) -> Float:
     """Compute the logits of every position of one sequence.
 
     Parameters
@@ -105,9 +101,7 @@ def forward(
     """
     config, ids = checkpoint.config, np.asarray(token_ids)
     if ids.ndim != 1 or ids.size == 0 or ids.dtype.kind not in "iu":
-        raise ValueError(
-            f"token_ids has shape {ids.shape} and dtype {ids.dtype}, expected a vector of integers"
-        )
+        raise ValueError(f"token_ids has shape {ids.shape} and dtype {ids.dtype}, expected a vector of integers")
     if ids.min() < 0 or ids.max() >= config.vocab_size:
         raise ValueError(f"token_ids reach {ids.min()}..{ids.max()}, expected 0..{config.vocab_size - 1}")
     x = ops.embedding(ids, checkpoint.embed_tokens)

@@ -1,0 +1,45 @@
+"""``mxmoe doctor``."""
+
+from __future__ import annotations
+
+import importlib
+import platform
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+import mxmoe
+from mxmoe.doctor import doctor
+
+__all__ = ["run", "show"]
+
+
+def run() -> dict[str, Any]:
+    """Return what ``--json`` prints."""
+    libraries = {name: importlib.import_module(name).__version__ for name in ("safetensors", "tokenizers")}
+    return {
+        "mxmoe": mxmoe.__version__,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        **libraries,
+        "platform": platform.platform(),
+        **doctor().to_dict(),
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print the same for people."""
+    console = Console()
+    console.print(
+        f"mxmoe {result['mxmoe']}, Python {result['python']}, NumPy {result['numpy']}, {result['platform']}\n"
+        f"CPU: {result['cpu_features']}; {result['num_threads']} threads\n"
+        f"instruction set: {result['isa']} ({result['isa_source']}); available: "
+        f"{', '.join(result['available_isas'])}",
+        highlight=False,
+    )
+    table = Table("op", "kernel", "why")
+    for kernel in result["kernels"]:
+        table.add_row(kernel["op"], kernel["kernel"], kernel["why"])
+    console.print(table)
