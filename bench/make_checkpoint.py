@@ -24,7 +24,9 @@ from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
+import tokenizers
 from numpy.typing import NDArray
+from tokenizers import decoders, models, pre_tokenizers
 
 from mxmoe.checkpoint import TENSOR_NAMES, is_packed, weight_shapes
 from mxmoe.config import ModelConfig, RopeConfig
@@ -32,6 +34,18 @@ from mxmoe.reference.ops import E2M1_VALUES
 
 YARN = RopeConfig(150000.0, 32.0, 4096, 32.0, 1.0, False)
 EOS = (200002, 199999, 200012)
+HARMONY_IDS = {
+    "<|startoftext|>": 199998,
+    "<|endoftext|>": 199999,
+    "<|return|>": 200002,
+    "<|constrain|>": 200003,
+    "<|channel|>": 200005,
+    "<|start|>": 200006,
+    "<|end|>": 200007,
+    "<|message|>": 200008,
+    "<|call|>": 200012,
+    "<|endofprompt|>": 200018,
+}
 
 BIG = ModelConfig(
     num_hidden_layers=24,
@@ -295,6 +309,28 @@ def write_checkpoint(
     _write_json(out / "config.json", config_json(config, layout))
 
 
+def byte_tokenizer(vocab_size: int) -> tokenizers.Tokenizer:
+    """Make a tokenizer for random weights: every byte of a text is a token, every other id a made-up word.
+
+    The harmony format's special tokens have their published ids where the vocabulary is gpt-oss's, else the last
+    ones, ``<|return|>`` the very last.
+    """
+    special = HARMONY_IDS
+    if vocab_size != BIG.vocab_size:
+        names = [*(name for name in HARMONY_IDS if name != "<|return|>"), "<|return|>"]
+        special = {name: vocab_size - len(names) + i for i, name in enumerate(names)}
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    if vocab_size < len(alphabet) + len(special):
+        raise ValueError(f"vocab_size is {vocab_size}; wanted at least {len(alphabet) + len(special)}")
+    spelling = dict(zip(special.values(), special, strict=True)) | dict(enumerate(alphabet))
+    vocab = {spelling.get(i, f"\u0120w{i}"): i for i in range(vocab_size)}
+    made = tokenizers.Tokenizer(models.BPE(vocab, []))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    made.decoder = decoders.ByteLevel()
+    made.add_special_tokens(list(special))
+    return made
+
+
 def _write_json(path: Path, data: dict[str, Any]) -> None:
     path.write_text(json.dumps(data, indent=2) + "\n")
 
@@ -308,7 +344,9 @@ def main() -> int:
     parser.add_argument("--layout", choices=LAYOUTS, default="huggingface", help="default: huggingface")
     parser.add_argument("--seed", type=int, default=0, metavar="S", help="default: 0")
     parser.add_argument("--shard-gib", type=float, default=4.0, metavar="G", help="largest shard (default: 4)")
-    parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="tokenizer.json to copy in")
+    parser.add_argument(
+        "--tokenizer", type=Path, metavar="FILE", help="tokenizer.json to copy in (default: one that spells bytes)"
+    )
     args = parser.parse_args()
     config = SIZES[args.size]
     if args.layers is not None:
@@ -323,6 +361,8 @@ def main() -> int:
         write_checkpoint(args.out, config, layout=args.layout, seed=args.seed, shard_bytes=shard_bytes, report=print)
         if args.tokenizer is not None:
             shutil.copyfile(args.tokenizer, args.out / "tokenizer.json")
+        else:
+            byte_tokenizer(config.vocab_size).save(str(args.out / "tokenizer.json"), pretty=False)
     except OSError as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 1

@@ -17,8 +17,8 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="mxmoe",
-    help="Run and inspect OpenAI's gpt-oss models on this machine. Without --model, commands use the small model that "
-    "comes with the package.",
+    help="Run and inspect OpenAI's gpt-oss models on this machine. Without --model, commands use the small model "
+    "that comes with the package.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -105,8 +105,8 @@ def show(result: dict[str, Any]) -> None:
     config, console = result["config"], Console()
     console.print(f"[bold]{result['model']}[/bold]", soft_wrap=True)
     console.print(
-        f"{result['parameters']['total'] / 1e9:.3g} B parameters, {result['parameters']['active'] / 1e9:.3g} B active; "
-        f"{config['num_hidden_layers']} layers ({config['layer_types']['sliding']} with a sliding window of "
+        f"{result['parameters']['total'] / 1e9:.3g} B parameters, "
+        f"{result['parameters']['active'] / 1e9:.3g} B active; {config['num_hidden_layers']} layers ({config['layer_types']['sliding']} with a sliding window of "
         f"{config['sliding_window']}), {config['num_experts']} experts, {config['experts_per_token']} per token; "
         f"hidden {config['hidden_size']}, intermediate {config['intermediate_size']}, "
         f"{config['num_attention_heads']} heads of {config['head_dim']} ({config['num_key_value_heads']} key/value); "
