@@ -16,22 +16,22 @@ void bind_quantize(py::module_& m) {
       py::arg("blocks"), py::arg("scales"), py::arg("out"));
   m.def(
       "mxfp4_quantize",
-      [](const py::object& values, const py::object& blocks, const py::object& scales) {
-        const TensorArg x = required(values, "values");
+      [](const py::object& x, const py::object& blocks, const py::object& scales) {
+        const TensorArg values = required(x, "x");
         const TensorArg b = required(blocks, "blocks", true), s = required(scales, "scales", true);
         const py::gil_scoped_release unlocked;
-        mxfp4_quantize(x, b, s);
+        mxfp4_quantize(values, b, s);
       },
-      py::arg("values"), py::arg("blocks"), py::arg("scales"));
+      py::arg("x"), py::arg("blocks"), py::arg("scales"));
   m.def(
       "int8_quantize",
-      [](const py::object& values, const py::object& codes, const py::object& scales) {
-        const TensorArg x = required(values, "values");
+      [](const py::object& x, const py::object& codes, const py::object& scales) {
+        const TensorArg values = required(x, "x");
         const TensorArg c = required(codes, "codes", true), s = required(scales, "scales", true);
         const py::gil_scoped_release unlocked;
-        int8_quantize(x, c, s);
+        int8_quantize(values, c, s);
       },
-      py::arg("values"), py::arg("codes"), py::arg("scales"));
+      py::arg("x"), py::arg("codes"), py::arg("scales"));
 }
 
 }  // namespace mxmoe

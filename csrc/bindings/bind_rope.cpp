@@ -1,5 +1,6 @@
 #include "bindings/bind.h"
 #include "bindings/tensor.h"
+#include "core/check.h"
 #include "ops/rope/rope.h"
 
 namespace mxmoe {
@@ -7,12 +8,13 @@ namespace mxmoe {
 void bind_rope(py::module_& m) {
   m.def(
       "rope_inv_freq",
-      [](int64_t head_dim, double theta, double factor, int64_t original_max_position_embeddings,
-         double beta_fast, double beta_slow, bool truncate) {
-        py::array_t<double> inv_freq(head_dim > 0 && head_dim <= 65536 ? head_dim / 2 : 0);
-        const YarnParams yarn{theta,     factor,    original_max_position_embeddings,
-                              beta_fast, beta_slow, truncate};
-        const double scaling = rope_inv_freq(head_dim <= 65536 ? head_dim : 0, yarn, inv_freq.mutable_data());
+      [](int64_t head_dim, double theta, double factor, int64_t original_max_position_embeddings, double beta_fast,
+         double beta_slow, bool truncate) {
+        constexpr int64_t kMaxHeadDim = 65536;  // bounds what is allocated for a size from outside
+        check_value(head_dim <= kMaxHeadDim, "head_dim is ", head_dim, "; wanted at most ", kMaxHeadDim);
+        py::array_t<double> inv_freq(head_dim > 0 ? head_dim / 2 : 0);
+        const YarnParams yarn{theta, factor, original_max_position_embeddings, beta_fast, beta_slow, truncate};
+        const double scaling = rope_inv_freq(head_dim, yarn, inv_freq.mutable_data());
         return py::make_tuple(inv_freq, scaling);
       },
       py::arg("head_dim"), py::arg("theta"), py::arg("factor"), py::arg("original_max_position_embeddings"),

@@ -1,7 +1,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+#include <pybind11/typing.h>
 
 #include "bindings/bind.h"
+#include "bindings/tensor.h"
 #include "core/check.h"
 #include "core/isa.h"
 #include "core/thread_pool.h"
@@ -10,6 +12,9 @@ namespace py = pybind11;
 
 namespace mxmoe {
 namespace {
+
+using KernelsOfOp = py::typing::Tuple<py::int_, py::typing::Optional<py::str>,
+                                      py::typing::List<py::typing::Tuple<py::str, py::str>>>;
 
 void bind_machine(py::module_& m) {
   m.def("active_isa", [] { return std::string(active_isa().name); });
@@ -21,7 +26,7 @@ void bind_machine(py::module_& m) {
   m.def("set_num_threads", &set_num_threads, py::arg("num_threads"));
   // op -> (index of the kernel in force, the kernel that ran last or None, [(kernel, what it lacks here)])
   m.def("kernels", [] {
-    py::dict ops;
+    py::typing::Dict<py::str, KernelsOfOp> ops;
     for (const DispatchBase* table : DispatchBase::all()) {
       py::list rows;
       for (const KernelRow& row : table->rows()) {
@@ -51,6 +56,7 @@ PYBIND11_MODULE(_core, m) {
       py::set_error(PyExc_ValueError, e.what());
     }
   });
+  m.def("describe", &mxmoe::describe, py::arg("array"), py::arg("name"));
   mxmoe::bind_machine(m);
   mxmoe::bind_rmsnorm(m);
   mxmoe::bind_rope(m);

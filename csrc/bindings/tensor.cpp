@@ -33,12 +33,21 @@ bool parse_dtype(char kind, int64_t bytes, DType* dtype) {
 }
 
 [[noreturn]] void unsupported_dtype(const char* name, const std::string& dtype) {
-  throw TypeError(
-      concat(name, " has dtype ", dtype,
-             "; wanted float32, float64, bfloat16, int8, uint8, int32 or int64 in native byte order"));
+  throw TypeError(concat(name, " has dtype ", dtype,
+                         "; wanted float32, float64, bfloat16, int8, uint8, int32 or int64 in native byte order"));
 }
 
-void fill(Tensor& t, const char* name, const Raw& raw) {
+// Two elements of an output at one address would be written twice, by different threads.
+void check_rows_apart(const char* name, const Tensor& t) {
+  int64_t extent = 1;
+  for (int i = t.ndim - 1; i >= 0; --i) {
+    check_value(t.shape[i] <= 1 || t.stride[i] >= extent, name, " has a stride of ", t.stride[i],
+                " elements on axis ", i, "; wanted at least ", extent, " in an array that is written");
+    extent = t.stride[i] * t.shape[i];
+  }
+}
+
+void fill(Tensor& t, const char* name, const Raw& raw, bool writable) {
   check_value(raw.ndim <= kMaxDims, name, " has ", raw.ndim, " axes; wanted at most ", kMaxDims);
   check_value(raw.ndim >= 1, name, " has no axes; wanted an array of at least one");
   const int64_t itemsize = dtype_size(t.dtype);
@@ -54,14 +63,15 @@ void fill(Tensor& t, const char* name, const Raw& raw) {
     // An axis of one element may carry any stride.
     const int64_t bytes = raw.shape[i] > 1 ? raw.byte_strides[i] : contiguous * itemsize;
     t.stride[i] = empty ? contiguous : bytes / itemsize;
-    check_value(empty || (bytes >= 0 && bytes % itemsize == 0), name, " has a stride of ", bytes,
-                " bytes on axis ", i, "; wanted a non-negative multiple of ", itemsize);
+    check_value(empty || (bytes >= 0 && bytes % itemsize == 0), name, " has a stride of ", bytes, " bytes on axis ",
+                i, "; wanted a non-negative multiple of ", itemsize);
     contiguous *= raw.shape[i];
   }
   check_value(t.stride[t.ndim - 1] == 1 || empty, name, " has a stride of ", t.stride[t.ndim - 1],
               " elements on its last axis; wanted a contiguous last axis");
   check_value(empty || reinterpret_cast<uintptr_t>(t.data) % static_cast<uintptr_t>(itemsize) == 0, name,
               " is not aligned to its items of ", itemsize, " bytes");
+  if (writable && !empty) check_rows_apart(name, t);
 }
 
 void from_numpy(Tensor& t, py::handle object, const char* name, bool writable) {
@@ -74,7 +84,7 @@ void from_numpy(Tensor& t, py::handle object, const char* name, bool writable) {
     unsupported_dtype(name, py::str(dtype));
   }
   check_value(!writable || array.writeable(), name, " is read-only; wanted a writable array");
-  fill(t, name, {const_cast<void*>(array.data()), array.ndim(), array.shape(), array.strides()});
+  fill(t, name, {const_cast<void*>(array.data()), array.ndim(), array.shape(), array.strides()}, writable);
 }
 
 DType from_dlpack_dtype(const char* name, dlpack::DataType type) {
@@ -87,8 +97,11 @@ DType from_dlpack_dtype(const char* name, dlpack::DataType type) {
 }
 
 void check_device(py::handle object, const char* name) {
-  const auto device = py::cast<py::tuple>(object.attr("__dlpack_device__")());
-  const auto type = py::cast<int32_t>(py::int_(device[0]));
+  const py::object device = object.attr("__dlpack_device__")();
+  if (!py::isinstance<py::tuple>(device) || py::len(device) != 2) {
+    throw TypeError(concat(name, " names no DLPack device; wanted a pair of numbers"));
+  }
+  const auto type = py::cast<int32_t>(py::int_(device[py::int_(0)]));
   check_value(type == dlpack::kCpu || type == dlpack::kCudaHost, name, " is on DLPack device type ", type,
               "; wanted an array in CPU memory");
 }
@@ -103,16 +116,25 @@ py::object export_capsule(py::handle object) {
   return method();
 }
 
+// What a producer raises says nothing about which argument it was.
+void export_dlpack(py::object& owner, py::handle object, const char* name) {
+  try {
+    check_device(object, name);
+    owner = export_capsule(object);
+  } catch (const py::error_already_set& error) {
+    if (!error.matches(PyExc_Exception)) throw;  // Ctrl-C stays what it is
+    throw ValueError(concat(name, " cannot be read through DLPack: ", std::string(py::str(error.value()))));
+  }
+}
+
 // The capsule stays ours unconsumed: when it is dropped, its own destructor frees the export.
 void from_dlpack(Tensor& t, py::object& owner, py::handle object, const char* name, bool writable) {
-  check_device(object, name);
-  owner = export_capsule(object);
+  export_dlpack(owner, object, name);
   const dlpack::Array* array = nullptr;
   if (PyCapsule_IsValid(owner.ptr(), "dltensor_versioned")) {
     const auto* managed =
         static_cast<dlpack::ManagedVersioned*>(PyCapsule_GetPointer(owner.ptr(), "dltensor_versioned"));
-    check_value(managed->version.major == 1, name, " exports DLPack version ", managed->version.major,
-                "; wanted 1");
+    check_value(managed->version.major == 1, name, " exports DLPack version ", managed->version.major, "; wanted 1");
     check_value(!writable || (managed->flags & dlpack::kReadOnly) == 0, name,
                 " is read-only; wanted a writable array");
     array = &managed->array;
@@ -124,8 +146,8 @@ void from_dlpack(Tensor& t, py::object& owner, py::handle object, const char* na
   check_value(array->device.type == dlpack::kCpu || array->device.type == dlpack::kCudaHost, name,
               " is not in CPU memory");
   t.dtype = from_dlpack_dtype(name, array->dtype);
-  check_value(array->ndim >= 0 && array->ndim <= kMaxDims, name, " has ", array->ndim,
-              " axes; wanted at most ", kMaxDims);
+  check_value(array->ndim >= 0 && array->ndim <= kMaxDims, name, " has ", array->ndim, " axes; wanted at most ",
+              kMaxDims);
   py::ssize_t shape[kMaxDims], strides[kMaxDims];
   int64_t contiguous = dtype_size(t.dtype);
   for (int i = array->ndim - 1; i >= 0; --i) {
@@ -133,7 +155,7 @@ void from_dlpack(Tensor& t, py::object& owner, py::handle object, const char* na
     strides[i] = array->strides != nullptr ? array->strides[i] * dtype_size(t.dtype) : contiguous;
     contiguous *= array->shape[i];
   }
-  fill(t, name, {static_cast<char*>(array->data) + array->byte_offset, array->ndim, shape, strides});
+  fill(t, name, {static_cast<char*>(array->data) + array->byte_offset, array->ndim, shape, strides}, writable);
 }
 
 void from_buffer(Tensor& t, py::object& owner, py::handle object, const char* name, bool writable) {
@@ -155,10 +177,18 @@ TensorArg to_tensor(py::handle object, const char* name, bool writable) {
   } else if (PyObject_CheckBuffer(object.ptr())) {
     from_buffer(arg.tensor_, arg.owner_, object, name, writable);
   } else {
-    throw TypeError(concat(name, " is of type ", type_name(object),
-                           "; wanted an array with DLPack or the buffer protocol"));
+    throw TypeError(
+        concat(name, " is of type ", type_name(object), "; wanted an array with DLPack or the buffer protocol"));
   }
   return arg;
+}
+
+TensorDescription describe(py::handle object, const char* name) {
+  const TensorArg arg = required(object, name);
+  const Tensor& t = arg;
+  py::tuple shape(t.ndim);
+  for (int i = 0; i < t.ndim; ++i) shape[static_cast<size_t>(i)] = t.shape[i];
+  return py::make_tuple(shape, dtype_name(t.dtype));
 }
 
 TensorArg required(py::handle object, const char* name, bool writable) {

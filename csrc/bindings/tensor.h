@@ -4,6 +4,7 @@
 
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/typing.h>
 
 #include <string>
 
@@ -35,6 +36,10 @@ inline TensorArg input(py::handle object, const char* name) { return to_tensor(o
 inline TensorArg output(py::handle object, const char* name) { return to_tensor(object, name, true); }
 // The same, but None is an error.
 TensorArg required(py::handle object, const char* name, bool writable = false);
+
+using TensorDescription = py::typing::Tuple<py::typing::Tuple<py::int_, py::ellipsis>, py::str>;
+// (shape, name of the dtype), after the same checks.
+TensorDescription describe(py::handle object, const char* name);
 
 Activations parse_activations(const std::string& name);
 

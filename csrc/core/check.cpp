@@ -11,8 +11,7 @@ std::string shape_string(const Tensor& t) {
   return text + (t.ndim == 1 ? ",)" : ")");
 }
 
-void check_shape(const char* name, const Tensor& t, std::initializer_list<int64_t> shape,
-                 const char* meaning) {
+void check_shape(const char* name, const Tensor& t, std::initializer_list<int64_t> shape, const char* meaning) {
   bool ok = t.ndim == static_cast<int>(shape.size());
   std::string wanted = "(";
   int axis = 0;
@@ -52,7 +51,7 @@ void check_contiguous(const char* name, const Tensor& t) {
 namespace {
 // Bytes from the first to one past the last element.
 int64_t extent(const Tensor& t) {
-  if (t.size() == 0) return 0;
+  if (!t || t.size() == 0) return 0;
   int64_t last = 0;
   for (int i = 0; i < t.ndim; ++i) last += (t.shape[i] - 1) * t.stride[i];
   return (last + 1) * dtype_size(t.dtype);
@@ -63,12 +62,15 @@ bool overlaps(const Tensor& a, const Tensor& b) {
   const int64_t size_a = extent(a), size_b = extent(b);
   if (size_a == 0 || size_b == 0) return false;
   const auto begin_a = reinterpret_cast<uintptr_t>(a.data), begin_b = reinterpret_cast<uintptr_t>(b.data);
-  return begin_a < begin_b + static_cast<uintptr_t>(size_b) &&
-         begin_b < begin_a + static_cast<uintptr_t>(size_a);
+  return begin_a < begin_b + static_cast<uintptr_t>(size_b) && begin_b < begin_a + static_cast<uintptr_t>(size_a);
 }
 
 void check_no_overlap(const char* out_name, const Tensor& out, const char* in_name, const Tensor& in) {
   check_value(!overlaps(out, in), out_name, " shares memory with ", in_name, "; wanted separate arrays");
+}
+
+void check_no_overlap(const char* out_name, const Tensor& out, std::initializer_list<NamedTensor> others) {
+  for (const NamedTensor& other : others) check_no_overlap(out_name, out, other.name, other.tensor);
 }
 
 }  // namespace mxmoe

@@ -120,16 +120,13 @@ struct F8 {
 };
 inline F8 zero_f8() { return {_mm256_setzero_ps()}; }
 inline A8 widen_i8(__m256i x) {
-  return {_mm256_cvtepi8_epi16(_mm256_castsi256_si128(x)),
-          _mm256_cvtepi8_epi16(_mm256_extracti128_si256(x, 1))};
+  return {_mm256_cvtepi8_epi16(_mm256_castsi256_si128(x)), _mm256_cvtepi8_epi16(_mm256_extracti128_si256(x, 1))};
 }
 template <int Offset>
-inline A8 load_a8(const int8_t* p, int32_t) {
+inline A8 load_a8(const int8_t* p) {
   return widen_i8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
-inline W8 load_w8(const int8_t* p) {
-  return widen_i8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
+inline W8 load_w8(const int8_t* p) { return widen_i8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 inline __m256i e2m1_bytes(const uint8_t* p, __m128i table) {
   // Sixteen bytes spread to 16-bit lanes; the high nibble moves to the high byte.
   const __m256i x = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

@@ -21,10 +21,10 @@ struct F8 {
 };
 inline F8 zero_f8() { return {_mm512_setzero_ps()}; }
 template <int Offset>
-inline A8 load_a8(const int8_t* p, int32_t) {
+inline A8 load_a8(const int8_t* p) {
   return {_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
-inline W8 load_w8(const int8_t* p) { return load_a8<0>(p, 0); }
+inline W8 load_w8(const int8_t* p) { return load_a8<0>(p); }
 inline W8 decode_w8(const uint8_t* p) {
   const __m128i doubled = _mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12);
   return {_mm512_cvtepi8_epi16(e2m1_bytes(p, doubled))};

@@ -13,8 +13,8 @@ namespace mxmoe {
 namespace avx512x {
 #include "simd/avx512_words.inl"
 
-// vpdpbusd multiplies unsigned by signed bytes: weights are raised by Offset to be unsigned, and every
-// block's dot starts at -Offset * sum(activations), which takes the raise off again, exactly.
+// vpdpbusd multiplies unsigned by signed bytes: weights are raised by Offset to be unsigned, and every lane
+// starts at -Offset * sum(its activations), which takes the raise off again, exactly and before any rounding.
 struct A8 {
   __m256i x;
   __m256i start;
@@ -27,9 +27,10 @@ struct F8 {
 };
 inline F8 zero_f8() { return {_mm256_setzero_ps()}; }
 template <int Offset>
-inline A8 load_a8(const int8_t* p, int32_t sum) {
-  return {_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
-          _mm256_zextsi128_si256(_mm_cvtsi32_si128(-Offset * sum))};
+inline A8 load_a8(const int8_t* p) {
+  const __m256i x = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  const __m256i raise = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(static_cast<char>(Offset)), x);
+  return {x, _mm256_sub_epi32(_mm256_setzero_si256(), raise)};
 }
 inline W8 load_w8(const int8_t* p) {  // raised by 128
   return {_mm256_xor_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), _mm256_set1_epi8(-128))};

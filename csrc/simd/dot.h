@@ -11,14 +11,12 @@ constexpr int64_t kPadK = 64;
 inline int64_t padded_k(int64_t k) { return (k + kPadK - 1) / kPadK * kPadK; }
 
 // Activation rows after rounding. float32: values only. bf16: values are bf16 where the kernel has bf16 dot
-// products, else float32 holding bf16 values. int8: codes, one float32 scale and one sum of codes per block
-// of 32.
+// products, else float32 holding bf16 values. int8: codes and one float32 scale per block of 32.
 struct PreparedRows {
   void* values;
   float* scales;
-  int32_t* sums;
   int64_t value_stride;  // bytes from row to row
-  int64_t block_stride;  // blocks from row to row, of scales and of sums
+  int64_t block_stride;  // blocks from row to row, of scales
 };
 
 // Weight rows (num_rows, k) as stored, k innermost. bf16: values. int8: values and bf16 scales per block

@@ -66,9 +66,7 @@ struct DotF32I8 {
     r.scale = set1(to_float(row_at<bf16>(w.scales, row, w.scale_stride)[block]));
     return r;
   }
-  static A activation(const PreparedRows& a, int64_t row, int64_t block) {
-    return A::load_from(a, row, block);
-  }
+  static A activation(const PreparedRows& a, int64_t row, int64_t block) { return A::load_from(a, row, block); }
   static void mac(Acc& acc, const A& a, const W& w) { w.mac(acc, a); }
 };
 
@@ -86,9 +84,7 @@ struct DotF32Mxfp4 {
     r.scale = set1(0.5f * e8m0_to_float(row_at<uint8_t>(w.scales, row, w.scale_stride)[block]));
     return r;
   }
-  static A activation(const PreparedRows& a, int64_t row, int64_t block) {
-    return A::load_from(a, row, block);
-  }
+  static A activation(const PreparedRows& a, int64_t row, int64_t block) { return A::load_from(a, row, block); }
   static void mac(Acc& acc, const A& a, const W& w) { w.mac(acc, a); }
 };
 
@@ -104,9 +100,8 @@ struct ScaledW8 {
 
 template <int Offset>
 inline ScaledA8 load_scaled_a8(const PreparedRows& a, int64_t row, int64_t block) {
-  const int64_t at = row * a.block_stride + block;
-  return {load_a8<Offset>(row_at<int8_t>(a.values, row, a.value_stride) + block * kMxBlock, a.sums[at]),
-          a.scales[at]};
+  return {load_a8<Offset>(row_at<int8_t>(a.values, row, a.value_stride) + block * kMxBlock),
+          a.scales[row * a.block_stride + block]};
 }
 
 struct DotI8I8 {
@@ -135,9 +130,7 @@ struct DotI8Mxfp4 {
     return {decode_w8(row_at<uint8_t>(w.values, row, w.value_stride) + block * kMxBlockBytes),
             0.5f * e8m0_to_float(row_at<uint8_t>(w.scales, row, w.scale_stride)[block])};
   }
-  static A activation(const PreparedRows& a, int64_t row, int64_t block) {
-    return load_scaled_a8<12>(a, row, block);
-  }
+  static A activation(const PreparedRows& a, int64_t row, int64_t block) { return load_scaled_a8<12>(a, row, block); }
   static void mac(Acc& acc, const A& a, const W& w) { mac8(acc, a.x, w.x, a.scale * w.scale); }
 };
 
@@ -155,8 +148,7 @@ struct DotBf16Bf16 {
   }
   static W weight_tail(const WeightRows& w, int64_t row, int64_t step, int n) {
     const auto first_n = static_cast<__mmask32>((uint32_t{1} << n) - 1u);
-    return (__m512bh)_mm512_maskz_loadu_epi16(first_n,
-                                              row_at<bf16>(w.values, row, w.value_stride) + step * kStep);
+    return (__m512bh)_mm512_maskz_loadu_epi16(first_n, row_at<bf16>(w.values, row, w.value_stride) + step * kStep);
   }
   static A activation(const PreparedRows& a, int64_t row, int64_t step) {
     return (__m512bh)_mm512_loadu_si512(row_at<bf16>(a.values, row, a.value_stride) + step * kStep);
@@ -201,10 +193,10 @@ struct DotBf16Mxfp4 {
     // The doubled values as bf16 bit patterns; the permute looks at the low five bits, so the table stands
     // twice.
     const __m512i table = _mm512_broadcast_i64x4(
-        _mm256_setr_epi16(0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40c0, 0x4100, 0x4140,
-                          static_cast<short>(0x8000), static_cast<short>(0xbf80), static_cast<short>(0xc000),
-                          static_cast<short>(0xc040), static_cast<short>(0xc080), static_cast<short>(0xc0c0),
-                          static_cast<short>(0xc100), static_cast<short>(0xc140)));
+        _mm256_setr_epi16(0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40c0, 0x4100, 0x4140, static_cast<short>(0x8000),
+                          static_cast<short>(0xbf80), static_cast<short>(0xc000), static_cast<short>(0xc040),
+                          static_cast<short>(0xc080), static_cast<short>(0xc0c0), static_cast<short>(0xc100),
+                          static_cast<short>(0xc140)));
     const auto* p = row_at<uint8_t>(w.values, row, w.value_stride) + block * kMxBlockBytes;
     // Each byte to a 32-bit lane, its high nibble to the lane's upper half.
     const __m512i x = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

@@ -38,7 +38,6 @@ template <typename X>
 inline void prepare_i8(const X* x, int64_t k, const PreparedRows& to, int64_t row) {
   int8_t* codes = static_cast<int8_t*>(to.values) + row * to.value_stride;
   float* scales = to.scales + row * to.block_stride;
-  int32_t* sums = to.sums + row * to.block_stride;
   const int64_t blocks = k / kMxBlock;
   for (int64_t b = 0; b < blocks; ++b) {
     f32v largest = zero(), poison = zero();
@@ -52,13 +51,10 @@ inline void prepare_i8(const X* x, int64_t k, const PreparedRows& to, int64_t ro
     const bool usable = amax > 0.0f && not_finite == 0.0f;
     // A subnormal amax has no finite reciprocal: its block rounds to zero, within one subnormal of the truth.
     const float inverse = usable && amax > 1e-36f ? 127.0f / amax : 0.0f;
-    int32_t sum = 0;
     int8_t* to_codes = codes + b * kMxBlock;
     for (int i = 0; i < kMxBlock; i += kLanes) {
       const f32v v = usable ? load(x + b * kMxBlock + i) : zero();
       store_i8(to_codes + i, round(mul(v, set1(inverse))));
     }
-    for (int i = 0; i < kMxBlock; ++i) sum += to_codes[i];
-    sums[b] = sum;
   }
 }

@@ -133,9 +133,9 @@ struct F8 {
   float v;
 };
 inline F8 zero_f8() { return {0.0f}; }
-// Offset: what a W8 may have been raised by to become unsigned; `sum` is the block's sum of activations.
+// Offset: what a W8 may have been raised by to become unsigned.
 template <int Offset>
-inline A8 load_a8(const int8_t* p, int32_t) {
+inline A8 load_a8(const int8_t* p) {
   return {p};
 }
 inline W8 load_w8(const int8_t* p) {

@@ -56,13 +56,15 @@ void check_kv_cache(const KvCache& cache) {
   check_shape("v_cache", cache.v, {shape[0], shape[1], shape[2], shape[3]}, "the shape of k_cache");
   check_contiguous("k_cache", cache.k);
   check_contiguous("v_cache", cache.v);
-  const std::pair<const char*, const Tensor*> scales[] = {{"k_scales", &cache.k_scales}, {"v_scales", &cache.v_scales}};
+  const std::pair<const char*, const Tensor*> scales[] = {{"k_scales", &cache.k_scales},
+                                                          {"v_scales", &cache.v_scales}};
   for (const auto& [name, t] : scales) {
     if (cache.k.dtype != DType::i8) {
       check_value(!*t, name, " came with a ", dtype_name(cache.k.dtype), " cache; wanted none");
       continue;
     }
-    check_value(static_cast<bool>(*t), name, " is missing; an int8 cache wants (num_blocks, heads, block_size) float32");
+    check_value(static_cast<bool>(*t), name,
+                " is missing; an int8 cache wants (num_blocks, heads, block_size) float32");
     check_dtype(name, *t, {DType::f32});
     check_shape(name, *t, {shape[0], shape[1], shape[2]}, "(num_blocks, num_key_value_heads, block_size)");
     check_contiguous(name, *t);
@@ -82,10 +84,16 @@ void kv_cache_write(const Tensor& k, const Tensor& v, const Tensor& slots, const
   for (const auto* t : {&k, &v}) {
     check_value(heads <= 1 || t->stride[1] == head_dim, t == &k ? "k" : "v", " has a head stride of ", t->stride[1],
                 " elements; wanted ", head_dim);
-    check_no_overlap("k_cache", cache.k, t == &k ? "k" : "v", *t);
-    check_no_overlap("v_cache", cache.v, t == &k ? "k" : "v", *t);
   }
-  check_no_overlap("k_cache", cache.k, "v_cache", cache.v);
+  check_no_overlap("k_cache", cache.k,
+                   {{"v_cache", cache.v}, {"k_scales", cache.k_scales}, {"v_scales", cache.v_scales}});
+  check_no_overlap("v_cache", cache.v, {{"k_scales", cache.k_scales}, {"v_scales", cache.v_scales}});
+  check_no_overlap("k_scales", cache.k_scales, "v_scales", cache.v_scales);
+  for (const NamedTensor& written :
+       {NamedTensor{"k_cache", cache.k}, NamedTensor{"v_cache", cache.v}, NamedTensor{"k_scales", cache.k_scales},
+        NamedTensor{"v_scales", cache.v_scales}}) {
+    check_no_overlap(written.name, written.tensor, {{"k", k}, {"v", v}, {"slots", slots}});
+  }
   const int64_t num_slots = cache.k.shape[0] * block_size;
   for (int64_t t = 0; t < num_tokens; ++t) {
     const int64_t slot = slots.as<int64_t>()[t];

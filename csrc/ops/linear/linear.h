@@ -9,7 +9,7 @@
 //           float32 none, bf16 to bfloat16, int8 to 127 steps of each block's largest magnitude (int8 with
 //           bf16 weights rounds to bfloat16: there is no integer dot to win). Weights enter exactly; sums are
 //           float32, a block's integer products exact.
-// Layout:   rows contiguous; x, weight, residual and y may have a row stride.
+// Layout:   rows contiguous; x, weight, scales, residual and y may have a row stride.
 // Requires: in_features >= 1; a multiple of 32 when weight is int8.
 // Calls:    y may be residual itself; no other overlap; tiles of (tokens x out_features) are spread over
 // threads;
@@ -22,8 +22,8 @@
 
 namespace mxmoe {
 
-void linear(const Tensor& x, const Tensor& weight, const Tensor& scales, const Tensor& bias,
-            Activations activations, const Tensor& residual, const Tensor& y);
+void linear(const Tensor& x, const Tensor& weight, const Tensor& scales, const Tensor& bias, Activations activations,
+            const Tensor& residual, const Tensor& y);
 
 // Weight rows [n_begin, n_end) against prepared rows [m_begin, m_end). bias and residual may be null.
 struct LinearTile {
@@ -43,7 +43,7 @@ struct LinearTile {
 struct LinearKernel {
   PrepareFn prepare;
   int value_bytes;    // of one prepared value
-  bool block_scaled;  // prepared rows carry scales and sums
+  bool block_scaled;  // prepared rows carry scales
   void (*tile)(const LinearTile&);
 };
 

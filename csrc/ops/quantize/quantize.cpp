@@ -11,43 +11,51 @@ namespace {
 
 // Runs at load time only, where the disk is the limit: portable code, no dispatch.
 
-float value_at(const Tensor& t, int64_t row, int64_t i) {
-  const int64_t at = row * t.stride[0] + i;
-  return t.dtype == DType::f32 ? t.as<float>()[at] : to_float(t.as<bf16>()[at]);
+void check_values(const char* name, const Tensor& values) {
+  check_dtype(name, values, {DType::f32, DType::bf16});
+  check_shape(name, values, {-1, -1}, "(rows, k)");
+  check_value(values.shape[1] % kMxBlock == 0, name, " has ", values.shape[1], " columns; wanted a multiple of ",
+              kMxBlock);
 }
 
-void check_values(const Tensor& values) {
-  check_dtype("values", values, {DType::f32, DType::bf16});
-  check_shape("values", values, {-1, -1}, "(rows, k)");
-  check_value(values.shape[1] % kMxBlock == 0, "values has ", values.shape[1], " columns; wanted a multiple of ",
-              kMxBlock);
+// A block in float32.
+void load_block(const Tensor& values, int64_t row, int64_t block, float (&x)[kMxBlock]) {
+  const int64_t at = row * values.stride[0] + block * kMxBlock;
+  if (values.dtype == DType::f32) {
+    std::memcpy(x, values.as<float>() + at, sizeof x);
+  } else {
+    for (int i = 0; i < kMxBlock; ++i) x[i] = to_float(values.as<bf16>()[at + i]);
+  }
+}
+
+float largest_magnitude(const float (&x)[kMxBlock]) {
+  float amax = 0.0f;
+  for (int i = 0; i < kMxBlock; ++i) amax = std::fabs(x[i]) > amax ? std::fabs(x[i]) : amax;
+  return amax;
 }
 
 void check_finite(const Tensor& values) {
   std::atomic<int64_t> bad_row{-1};
   parallel_for(values.shape[0], [&](int64_t row) {
-    for (int64_t i = 0; i < values.shape[1]; ++i) {
-      if (!std::isfinite(value_at(values, row, i))) bad_row.store(row, std::memory_order_relaxed);
+    float x[kMxBlock], poison = 0.0f;
+    for (int64_t b = 0; b < values.shape[1] / kMxBlock; ++b) {
+      load_block(values, row, b, x);
+      for (int i = 0; i < kMxBlock; ++i) poison += x[i] * 0.0f;  // NaN once a value is not finite
     }
+    if (poison != 0.0f) bad_row.store(row, std::memory_order_relaxed);
   });
-  check_value(bad_row.load() < 0, "values holds a NaN or infinity in row ", bad_row.load(), "; wanted finite numbers");
+  check_value(bad_row.load() < 0, "x holds a NaN or infinity in row ", bad_row.load(), "; wanted finite numbers");
 }
 
 // The e2m1 code nearest to a magnitude. Its eight values are 0, .5, 1, 1.5, 2, 3, 4, 6; halfway goes to the even code.
-int nearest_e2m1(float magnitude) {
-  if (magnitude <= 0.25f) return 0;
-  if (magnitude < 0.75f) return 1;
-  if (magnitude <= 1.25f) return 2;
-  if (magnitude < 1.75f) return 3;
-  if (magnitude <= 2.5f) return 4;
-  if (magnitude < 3.5f) return 5;
-  if (magnitude <= 5.0f) return 6;
-  return 7;
+// A count of the borders passed compiles without branches.
+int nearest_e2m1(double magnitude) {
+  return (magnitude > 0.25) + (magnitude >= 0.75) + (magnitude > 1.25) + (magnitude >= 1.75) + (magnitude > 2.5) +
+         (magnitude >= 3.5) + (magnitude > 5.0);
 }
 
-void quantize_mx_block(const Tensor& values, int64_t row, int64_t block, uint8_t* codes, uint8_t* scale) {
-  float amax = 0.0f;
-  for (int i = 0; i < kMxBlock; ++i) amax = std::fmax(amax, std::fabs(value_at(values, row, block * kMxBlock + i)));
+void quantize_mx_block(const float (&x)[kMxBlock], uint8_t* codes, uint8_t* scale) {
+  const float amax = largest_magnitude(x);
   int exponent = -127;  // a block of zeros
   if (amax > 0.0f) {
     std::frexp(amax, &exponent);  // amax = f * 2^exponent with f in [0.5, 1)
@@ -55,11 +63,13 @@ void quantize_mx_block(const Tensor& values, int64_t row, int64_t block, uint8_t
   }
   if (exponent < -127) exponent = -127;
   *scale = static_cast<uint8_t>(exponent + 127);
+  // In double, where 2^127 has a reciprocal that is not subnormal.
+  const double inverse = std::ldexp(1.0, -exponent);
   for (int i = 0; i < kMxBlockBytes; ++i) {
     int byte = 0;
     for (int half = 0; half < 2; ++half) {
-      const float x = value_at(values, row, block * kMxBlock + 2 * i + half);
-      const int code = nearest_e2m1(std::ldexp(std::fabs(x), -exponent)) | (std::signbit(x) ? 8 : 0);
+      const float value = x[2 * i + half];
+      const int code = nearest_e2m1(std::fabs(value) * inverse) | (std::signbit(value) ? 8 : 0);
       byte |= code << (4 * half);
     }
     codes[i] = static_cast<uint8_t>(byte);
@@ -75,7 +85,7 @@ bf16 round_up(float x) {
 }  // namespace
 
 void mxfp4_dequantize(const Tensor& blocks, const Tensor& scales, const Tensor& values) {
-  check_values(values);
+  check_values("out", values);
   check_dtype("blocks", blocks, {DType::u8});
   check_dtype("scales", scales, {DType::u8});
   const int64_t rows = values.shape[0], per_row = values.shape[1] / kMxBlock;
@@ -106,7 +116,7 @@ void mxfp4_dequantize(const Tensor& blocks, const Tensor& scales, const Tensor& 
 }
 
 void mxfp4_quantize(const Tensor& values, const Tensor& blocks, const Tensor& scales) {
-  check_values(values);
+  check_values("x", values);
   check_dtype("blocks", blocks, {DType::u8});
   check_dtype("scales", scales, {DType::u8});
   const int64_t rows = values.shape[0], per_row = values.shape[1] / kMxBlock;
@@ -114,19 +124,21 @@ void mxfp4_quantize(const Tensor& values, const Tensor& blocks, const Tensor& sc
   check_shape("scales", scales, {rows, per_row}, "(rows, k / 32)");
   check_contiguous("blocks", blocks);
   check_contiguous("scales", scales);
-  check_no_overlap("blocks", blocks, "values", values);
-  check_no_overlap("scales", scales, "values", values);
+  check_no_overlap("blocks", blocks, {{"x", values}, {"scales", scales}});
+  check_no_overlap("scales", scales, "x", values);
   check_finite(values);
   parallel_for(rows, [&](int64_t row) {
+    float x[kMxBlock];
     for (int64_t b = 0; b < per_row; ++b) {
       const int64_t at = row * per_row + b;
-      quantize_mx_block(values, row, b, blocks.as<uint8_t>() + at * kMxBlockBytes, scales.as<uint8_t>() + at);
+      load_block(values, row, b, x);
+      quantize_mx_block(x, blocks.as<uint8_t>() + at * kMxBlockBytes, scales.as<uint8_t>() + at);
     }
   });
 }
 
 void int8_quantize(const Tensor& values, const Tensor& codes, const Tensor& scales) {
-  check_values(values);
+  check_values("x", values);
   check_dtype("codes", codes, {DType::i8});
   check_dtype("scales", scales, {DType::bf16});
   const int64_t rows = values.shape[0], per_row = values.shape[1] / kMxBlock;
@@ -134,20 +146,20 @@ void int8_quantize(const Tensor& values, const Tensor& codes, const Tensor& scal
   check_shape("scales", scales, {rows, per_row}, "(rows, k / 32)");
   check_contiguous("codes", codes);
   check_contiguous("scales", scales);
-  check_no_overlap("codes", codes, "values", values);
-  check_no_overlap("scales", scales, "values", values);
+  check_no_overlap("codes", codes, {{"x", values}, {"scales", scales}});
+  check_no_overlap("scales", scales, "x", values);
   check_finite(values);
   parallel_for(rows, [&](int64_t row) {
+    float x[kMxBlock];
     for (int64_t b = 0; b < per_row; ++b) {
-      float amax = 0.0f;
-      for (int i = 0; i < kMxBlock; ++i) amax = std::fmax(amax, std::fabs(value_at(values, row, b * kMxBlock + i)));
-      const bf16 scale = round_up(amax / 127.0f);
-      scales.as<bf16>()[row * per_row + b] = scale;
+      load_block(values, row, b, x);
+      const bf16 rounded = round_up(largest_magnitude(x) / 127.0f);
+      scales.as<bf16>()[row * per_row + b] = rounded;
+      const float scale = to_float(rounded);
+      int8_t* to = codes.as<int8_t>() + row * values.shape[1] + b * kMxBlock;
       for (int i = 0; i < kMxBlock; ++i) {
-        const float x = value_at(values, row, b * kMxBlock + i);
         // amax / 127 may underflow to zero: then so do the values.
-        const float code = to_float(scale) > 0.0f ? std::nearbyint(x / to_float(scale)) : 0.0f;
-        codes.as<int8_t>()[row * values.shape[1] + b * kMxBlock + i] = static_cast<int8_t>(code);
+        to[i] = scale > 0.0f ? static_cast<int8_t>(std::nearbyint(x[i] / scale)) : int8_t{0};
       }
     }
   });

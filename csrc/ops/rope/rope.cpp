@@ -9,9 +9,8 @@
 
 namespace mxmoe {
 namespace {
-Dispatch<RopeKernel> table("rope",
-                           {MXMOE_X86({"rope_avx512", kAvx512, rope_avx512}, {"rope_avx2", kAvx2, rope_avx2}){
-                               "rope_scalar", 0, rope_scalar}});
+Dispatch<RopeKernel> table("rope", {MXMOE_X86({"rope_avx512", kAvx512, rope_avx512}, {"rope_avx2", kAvx2, rope_avx2}){
+                                       "rope_scalar", 0, rope_scalar}});
 
 constexpr double kPi = 3.14159265358979323846;
 
@@ -23,12 +22,9 @@ double correction_dim(double rotations, double head_dim, const YarnParams& yarn)
 }  // namespace
 
 double rope_inv_freq(int64_t head_dim, const YarnParams& yarn, double* inv_freq) {
-  check_value(head_dim >= 2 && head_dim % 2 == 0, "head_dim is ", head_dim,
-              "; wanted an even number, 2 or more");
-  check_value(std::isfinite(yarn.theta) && yarn.theta > 1.0, "theta is ", yarn.theta,
-              "; wanted a number above 1");
-  check_value(std::isfinite(yarn.factor) && yarn.factor >= 1.0, "factor is ", yarn.factor,
-              "; wanted 1 or more");
+  check_value(head_dim >= 2 && head_dim % 2 == 0, "head_dim is ", head_dim, "; wanted an even number, 2 or more");
+  check_value(std::isfinite(yarn.theta) && yarn.theta > 1.0, "theta is ", yarn.theta, "; wanted a number above 1");
+  check_value(std::isfinite(yarn.factor) && yarn.factor >= 1.0, "factor is ", yarn.factor, "; wanted 1 or more");
   check_value(yarn.original_max_position_embeddings >= 1, "original_max_position_embeddings is ",
               yarn.original_max_position_embeddings, "; wanted 1 or more");
   check_value(yarn.beta_slow > 0.0 && yarn.beta_fast >= yarn.beta_slow && std::isfinite(yarn.beta_fast),
@@ -63,6 +59,8 @@ void rope_cos_sin(const Tensor& positions, const Tensor& inv_freq, double scalin
     check_shape(t == &cos ? "cos" : "sin", *t, {num_tokens, half}, "(num_tokens, head_dim / 2)");
     check_contiguous(t == &cos ? "cos" : "sin", *t);
   }
+  check_no_overlap("cos", cos, {{"sin", sin}, {"positions", positions}, {"inv_freq", inv_freq}});
+  check_no_overlap("sin", sin, {{"positions", positions}, {"inv_freq", inv_freq}});
   for (int64_t t = 0; t < num_tokens; ++t) {
     const int64_t position = positions.as<int64_t>()[t];
     check_value(position >= 0, "positions[", t, "] is ", position, "; wanted 0 or more");
@@ -84,8 +82,7 @@ void rope(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tensor& y
   check_dtype("out", y, {DType::f32, DType::bf16});
   check_shape("x", x, {-1, -1, -1}, "(num_tokens, num_heads, head_dim)");
   const int64_t num_tokens = x.shape[0], num_heads = x.shape[1], head_dim = x.shape[2];
-  check_value(head_dim >= 2 && head_dim % 2 == 0, "x has head_dim ", head_dim,
-              "; wanted an even number, 2 or more");
+  check_value(head_dim >= 2 && head_dim % 2 == 0, "x has head_dim ", head_dim, "; wanted an even number, 2 or more");
   check_shape("cos", cos, {num_tokens, head_dim / 2}, "(num_tokens, head_dim / 2)");
   check_shape("sin", sin, {num_tokens, head_dim / 2}, "(num_tokens, head_dim / 2)");
   check_shape("out", y, {num_tokens, num_heads, head_dim}, "(num_tokens, num_heads, head_dim)");

@@ -11,9 +11,10 @@
 namespace mxmoe {
 namespace {
 
-Dispatch<AttentionKernel> table("sink_attention", {MXMOE_X86({"sink_attention_avx512", kAvx512, sink_attention_avx512},
-                                                             {"sink_attention_avx2", kAvx2, sink_attention_avx2}){
-    "sink_attention_scalar", 0, sink_attention_scalar}});
+Dispatch<AttentionKernel> table("sink_attention",
+                                {MXMOE_X86({"sink_attention_avx512", kAvx512, sink_attention_avx512},
+                                           {"sink_attention_avx2", kAvx2, sink_attention_avx2}){
+                                    "sink_attention_scalar", 0, sink_attention_scalar}});
 
 void check_rows(const char* name, const Tensor& t, const Tensor& q) {
   check_dtype(name, t, {DType::f32, DType::bf16});
@@ -29,20 +30,33 @@ void check_arrays(const Tensor& q, const KvCache& cache, const Tensor& sinks, co
   check_rows("q", q, q);
   check_rows("out", y, q);
   const int64_t heads = q.shape[1], kv_heads = cache.k.shape[1];
-  check_value(heads >= 1 && heads % kv_heads == 0, "q has ", heads, " heads; wanted a multiple of k_cache's ", kv_heads);
+  check_value(heads >= 1 && heads % kv_heads == 0, "q has ", heads, " heads; wanted a multiple of k_cache's ",
+              kv_heads);
   check_value(q.shape[2] <= kMaxHeadDim, "q has head_dim ", q.shape[2], "; wanted at most ", kMaxHeadDim);
   check_dtype("sinks", sinks, {DType::f32, DType::bf16});
   check_shape("sinks", sinks, {heads}, "(num_attention_heads,)");
-  check_no_overlap("out", y, "q", q);
-  check_no_overlap("out", y, "k_cache", cache.k);
-  check_no_overlap("out", y, "v_cache", cache.v);
   if (sink_share) {
     check_dtype("sink_share", sink_share, {DType::f32});
     check_shape("sink_share", sink_share, {q.shape[0], heads}, "(num_tokens, num_attention_heads)");
     check_contiguous("sink_share", sink_share);
-    check_no_overlap("sink_share", sink_share, "q", q);
-    check_no_overlap("sink_share", sink_share, "out", y);
   }
+}
+
+void check_aliasing(const Tensor& q, const KvCache& cache, const Tensor& sinks, const AttentionBatch& b,
+                    const Tensor& sink_share, const Tensor& y) {
+  for (const NamedTensor& written : {NamedTensor{"out", y}, NamedTensor{"sink_share", sink_share}}) {
+    check_no_overlap(written.name, written.tensor,
+                     {{"q", q},
+                      {"k_cache", cache.k},
+                      {"v_cache", cache.v},
+                      {"k_scales", cache.k_scales},
+                      {"v_scales", cache.v_scales},
+                      {"sinks", sinks},
+                      {"block_table", b.block_table},
+                      {"cu_seqlens", b.cu_seqlens},
+                      {"seq_lens", b.seq_lens}});
+  }
+  check_no_overlap("sink_share", sink_share, "out", y);
 }
 
 // First key that the first new token of a sequence sees.
@@ -60,8 +74,8 @@ void check_batch(const Tensor& q, const KvCache& cache, const AttentionBatch& b,
   check_shape("block_table", b.block_table, {num_sequences, -1}, "(num_sequences, max_blocks)");
   check_contiguous("block_table", b.block_table);
   const int32_t* cu = b.cu_seqlens.as<int32_t>();
-  check_value(cu[0] == 0 && cu[num_sequences] == q.shape[0], "cu_seqlens runs from ", cu[0], " to ", cu[num_sequences],
-              "; wanted 0 to num_tokens = ", q.shape[0]);
+  check_value(cu[0] == 0 && cu[num_sequences] == q.shape[0], "cu_seqlens runs from ", cu[0], " to ",
+              cu[num_sequences], "; wanted 0 to num_tokens = ", q.shape[0]);
   const int64_t block_size = cache.k.shape[2], num_blocks = cache.k.shape[0], max_blocks = b.block_table.shape[1];
   for (int64_t s = 0; s < num_sequences; ++s) {
     const int64_t added = static_cast<int64_t>(cu[s + 1]) - cu[s], length = b.seq_lens.as<int32_t>()[s];
@@ -92,8 +106,8 @@ std::vector<Span> split(const Tensor& q, const KvCache& cache, const AttentionBa
     for (int64_t kv = 0; kv < kv_heads; ++kv) {
       for (int64_t h = 0; h < group; h += heads_per_item) {
         for (int64_t t = begin; t < end; t += tokens_per_item) {
-          spans.push_back({s, t, std::min(tokens_per_item, end - t), kv, kv * group + h,
-                           std::min(heads_per_item, group - h)});
+          spans.push_back(
+              {s, t, std::min(tokens_per_item, end - t), kv, kv * group + h, std::min(heads_per_item, group - h)});
         }
       }
     }
@@ -103,17 +117,20 @@ std::vector<Span> split(const Tensor& q, const KvCache& cache, const AttentionBa
 
 }  // namespace
 
-void sink_attention(const Tensor& q, const KvCache& cache, const Tensor& sinks, const AttentionBatch& b, float sm_scale,
-                    int64_t sliding_window, const Tensor& sink_share, const Tensor& y) {
+void sink_attention(const Tensor& q, const KvCache& cache, const Tensor& sinks, const AttentionBatch& b,
+                    float sm_scale, int64_t sliding_window, const Tensor& sink_share, const Tensor& y) {
   check_arrays(q, cache, sinks, sink_share, y);
   check_value(std::isfinite(sm_scale), "sm_scale is ", sm_scale, "; wanted a finite number");
-  check_value(sliding_window >= 0, "sliding_window is ", sliding_window, "; wanted 1 or more, or 0 for full attention");
+  check_value(sliding_window >= 0, "sliding_window is ", sliding_window,
+              "; wanted 1 or more, or 0 for full attention");
   check_batch(q, cache, b, sliding_window);
+  check_aliasing(q, cache, sinks, b, sink_share, y);
 
   const int64_t heads = q.shape[1], head_dim = q.shape[2];
   std::vector<float> sinks_f32(static_cast<size_t>(heads));
   for (int64_t h = 0; h < heads; ++h) {
-    sinks_f32[static_cast<size_t>(h)] = sinks.dtype == DType::f32 ? sinks.as<float>()[h] : to_float(sinks.as<bf16>()[h]);
+    sinks_f32[static_cast<size_t>(h)] =
+        sinks.dtype == DType::f32 ? sinks.as<float>()[h] : to_float(sinks.as<bf16>()[h]);
   }
   const std::vector<Span> spans = split(q, cache, b);
   const AttentionKernel kernel = table.pick();

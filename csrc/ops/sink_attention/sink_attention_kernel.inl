@@ -1,10 +1,10 @@
-// One item of sink_attention, in the vector vocabulary: online softmax over steps of 64 keys that starts from the sink.
-// Included inside a kernel's namespace and target region.
+// One item of sink_attention, in the vector vocabulary: online softmax over steps of 64 keys that starts from the
+// sink. Included inside a kernel's namespace and target region.
 
 #include "simd/math.inl"
 
-// All an item needs, on the stack of whichever thread runs it: 85 KB for head_dim 64, 280 KB for 256. kDim is head_dim
-// rounded up to a size that is compiled for, so that rows lie close together.
+// All an item needs, on the stack of whichever thread runs it: 85 KB for head_dim 64, 280 KB for 256. kDim is
+// head_dim rounded up to a size that is compiled for, so that rows lie close together.
 template <int kDim>
 struct AttentionState {
   float q[kAttentionRows][kDim];
@@ -12,7 +12,7 @@ struct AttentionState {
   float p[kAttentionRows][kAttentionKeys];
   float kt[kDim][kAttentionKeys];  // keys transposed: lanes are keys in the scores
   float v[kAttentionKeys][kDim];
-  float m[kAttentionRows], l[kAttentionRows];  // running maximum and denominator
+  float m[kAttentionRows], l[kAttentionRows];           // running maximum and denominator
   int64_t first[kAttentionRows], last[kAttentionRows];  // visible keys
 };
 
@@ -45,25 +45,35 @@ inline void load_step(const AttentionItem& t, int64_t base, int64_t begin, int64
   }
 }
 
-// p[r][j] = sm_scale * q[r] . k[j] for R rows. Every product is summed over the head in one order.
+// p[r][j] = sm_scale * q[r] . k[j] for R rows. Every product is summed over the head in one order, and by parts,
+// since a long chain of additions rounds more than a short one; with wide vectors a part must be longer to be worth
+// its end.
 template <int R, int kDim>
 inline void scores(const AttentionItem& t, AttentionState<kDim>& s, int64_t row) {
   constexpr int kVectors = kAttentionKeys / kLanes < 4 ? kAttentionKeys / kLanes : 4;
+  constexpr int64_t kPart = 4 * kLanes;
   for (int j = 0; j < kAttentionKeys; j += kVectors * kLanes) {
-    f32v sum[R][kVectors];
-    for (int r = 0; r < R; ++r) {
-      for (int c = 0; c < kVectors; ++c) sum[r][c] = zero();
-    }
-    for (int64_t d = 0; d < t.head_dim; ++d) {
-      f32v k[kVectors];
-      for (int c = 0; c < kVectors; ++c) k[c] = load(&s.kt[d][j + c * kLanes]);
+    for (int64_t part = 0; part < t.head_dim; part += kPart) {
+      const int64_t end = part + kPart < t.head_dim ? part + kPart : t.head_dim;
+      f32v sum[R][kVectors];
       for (int r = 0; r < R; ++r) {
-        const f32v q = set1(s.q[row + r][d]);
-        for (int c = 0; c < kVectors; ++c) sum[r][c] = fma(q, k[c], sum[r][c]);
+        for (int c = 0; c < kVectors; ++c) sum[r][c] = zero();
       }
-    }
-    for (int r = 0; r < R; ++r) {
-      for (int c = 0; c < kVectors; ++c) store(&s.p[row + r][j + c * kLanes], mul(sum[r][c], set1(t.sm_scale)));
+      for (int64_t d = part; d < end; ++d) {
+        f32v k[kVectors];
+        for (int c = 0; c < kVectors; ++c) k[c] = load(&s.kt[d][j + c * kLanes]);
+        for (int r = 0; r < R; ++r) {
+          const f32v q = set1(s.q[row + r][d]);
+          for (int c = 0; c < kVectors; ++c) sum[r][c] = fma(q, k[c], sum[r][c]);
+        }
+      }
+      for (int r = 0; r < R; ++r) {
+        for (int c = 0; c < kVectors; ++c) {
+          float* p = &s.p[row + r][j + c * kLanes];
+          const f32v total = part == 0 ? sum[r][c] : add(load(p), sum[r][c]);
+          store(p, end == t.head_dim ? mul(total, set1(t.sm_scale)) : total);
+        }
+      }
     }
   }
 }
@@ -100,17 +110,35 @@ inline void softmax_step(const AttentionItem& t, AttentionState<kDim>& s, int64_
   for (int64_t d = 0; d < t.head_dim; d += kLanes) store(&s.acc[row][d], mul(load(&s.acc[row][d]), set1(rescale)));
 }
 
-// acc[r] += sum_j p[r][j] v[j], keys in order.
+// acc[r] += sum_j p[r][j] v[j], keys in order. A row takes its visible keys only: 0 times a NaN or infinity that
+// belongs to a neighbour would not be 0. The rows share their keys but for a few at the ends.
 template <int R, int kDim>
-inline void add_values(const AttentionItem& t, AttentionState<kDim>& s, int64_t row) {
+inline void add_values(const AttentionItem& t, AttentionState<kDim>& s, int64_t row, int64_t base) {
+  int64_t begin[R], end[R], shared_begin = 0, shared_end = kAttentionKeys;
+  for (int r = 0; r < R; ++r) {
+    begin[r] = s.first[row + r] < base ? 0 : s.first[row + r] - base;
+    end[r] = s.last[row + r] - base < kAttentionKeys ? s.last[row + r] - base + 1 : kAttentionKeys;
+    if (begin[r] > shared_begin) shared_begin = begin[r];
+    if (end[r] < shared_end) shared_end = end[r];
+  }
+  if (shared_end < shared_begin) shared_end = shared_begin;
   for (int64_t d = 0; d < t.head_dim; d += kLanes) {
     f32v sum[R];
-    for (int r = 0; r < R; ++r) sum[r] = load(&s.acc[row + r][d]);
-    for (int j = 0; j < kAttentionKeys; ++j) {
+    const auto add_own = [&](int r, int64_t from, int64_t to) {
+      for (int64_t j = from; j < to; ++j) sum[r] = fma(set1(s.p[row + r][j]), load(&s.v[j][d]), sum[r]);
+    };
+    for (int r = 0; r < R; ++r) {
+      sum[r] = load(&s.acc[row + r][d]);
+      add_own(r, begin[r], end[r] < shared_begin ? end[r] : shared_begin);
+    }
+    for (int64_t j = shared_begin; j < shared_end; ++j) {
       const f32v v = load(&s.v[j][d]);
       for (int r = 0; r < R; ++r) sum[r] = fma(set1(s.p[row + r][j]), v, sum[r]);
     }
-    for (int r = 0; r < R; ++r) store(&s.acc[row + r][d], sum[r]);
+    for (int r = 0; r < R; ++r) {
+      add_own(r, begin[r] > shared_end ? begin[r] : shared_end, end[r]);
+      store(&s.acc[row + r][d], sum[r]);
+    }
   }
 }
 
@@ -129,7 +157,7 @@ inline void attend(const AttentionItem& t, AttentionState<kDim>& s, int64_t rows
       const int count = r + R <= stop ? R : 1;
       count == R ? scores<R>(t, s, r) : scores<1>(t, s, r);
       for (int i = 0; i < count; ++i) softmax_step(t, s, r + i, base);
-      count == R ? add_values<R>(t, s, r) : add_values<1>(t, s, r);
+      count == R ? add_values<R>(t, s, r, base) : add_values<1>(t, s, r, base);
       r += count;
     }
   }
