@@ -191,3 +191,37 @@ def poisoned(shape: tuple[int, ...], dtype: Any, *, misalign: int = 0) -> tuple[
             assert not left.any(), f"{left.sum()} of {left.size} elements were never written, first {_at(left)}"
 
     return view, check
+
+
+# A whole model's logits are judged by their median row: random routers sit on near ties, and one expert chosen
+# otherwise, for whatever rounding, moves every later row of that token's sequence by more than any arithmetic does.
+MODEL_SLACK = 1.5
+# What float32 may add up to over a model of a few layers, in units of a row's standard deviation.
+MODEL_NOISE = 1e-4
+
+
+def row_errors(got: Any, want64: ArrayLike) -> NDArray[np.float64]:
+    """Return each row's worst error over the reference row's standard deviation."""
+    values, want = as_numpy(got).astype(np.float64), np.asarray(want64, dtype=np.float64)
+    assert values.shape == want.shape, f"shape is {values.shape}, expected {want.shape}"
+    return np.abs(values - want).max(axis=-1) / want.std(axis=-1)
+
+
+def assert_model_close(got: Any, want64: ArrayLike, baseline: Any = None, *, limit: float = np.inf) -> None:
+    """Fail unless the median row is as near to the reference as the baseline's (by `MODEL_SLACK`), and `limit`.
+
+    Parameters
+    ----------
+    got : array (T, vocab_size)
+    want64 : array (T, vocab_size) float64
+    baseline : array (T, vocab_size), optional
+        What another program makes with the same roundings.
+    limit : float
+        In standard deviations of a reference row.
+    """
+    values = as_numpy(got)
+    assert np.isfinite(values).all(), f"{(~np.isfinite(values)).sum()} logits are not finite"
+    if baseline is not None:
+        limit = min(limit, MODEL_SLACK * float(np.median(row_errors(baseline, want64))))
+    error = float(np.median(row_errors(got, want64)))
+    assert error <= limit, f"the median row is off by {error:.3g} standard deviations, limit {limit:.3g}"

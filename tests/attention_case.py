@@ -1,0 +1,170 @@
+"""Inputs of sink_attention in a paged cache, and the op again in a page of torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from mxmoe import ops
+from op_helpers import BF16, normal, to_torch, wide
+
+KV_DTYPES = ["float32", "bfloat16", "int8"]
+
+
+def quantize_rows(x: NDArray[Any]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
+    """Round each last axis to 127 steps of its largest magnitude."""
+    scale = (np.abs(x).max(axis=-1) / np.float32(127)).astype(np.float32)
+    return np.rint(x / np.maximum(scale, 1e-30)[..., None]).astype(np.int8), scale
+
+
+@dataclass
+class Stored:
+    """Keys or values of one sequence (length, heads, head_dim) as a cache holds them."""
+
+    values: NDArray[Any]
+    scales: NDArray[np.float32] | None = None
+
+    @property
+    def wide(self) -> NDArray[np.float64]:
+        return wide(self.values) if self.scales is None else wide(self.values) * wide(self.scales)[..., None]
+
+
+def store(x: NDArray[np.float32], dtype: str) -> Stored:
+    if dtype == "int8":
+        return Stored(*quantize_rows(x))
+    return Stored(x.astype(BF16 if dtype == "bfloat16" else np.float32))
+
+
+@dataclass
+class AttentionCase:
+    """Sequences, each with its new tokens and all its keys; where the keys lie is chosen in `kwargs`."""
+
+    q: NDArray[Any]
+    sequences: list[tuple[int, int]]  # (new tokens, keys)
+    keys: list[Stored]
+    values: list[Stored]
+    sinks: NDArray[Any]
+    sm_scale: float
+    window: int | None = None
+    block_size: int = 16
+    page_seed: int = 0
+
+    @property
+    def cu_seqlens(self) -> NDArray[np.int32]:
+        return np.cumsum([0] + [new for new, _ in self.sequences]).astype(np.int32)
+
+    def first_needed(self, b: int) -> int:
+        new, length = self.sequences[b]
+        return 0 if not self.window else max(0, length - new - self.window + 1)
+
+    def block_table(self) -> tuple[NDArray[np.int32], int]:
+        """Permuted blocks, some spare; -1 where no query looks."""
+        width = max((-(-length // self.block_size) for _, length in self.sequences), default=0) + 1
+        table = np.full((len(self.sequences), width), -1, np.int32)
+        for b, (new, length) in enumerate(self.sequences):
+            if new:
+                table[b, self.first_needed(b) // self.block_size : -(-length // self.block_size)] = 0
+        used = np.argwhere(table == 0)
+        num_blocks = len(used) + 3
+        pages = np.random.default_rng(self.page_seed).permutation(num_blocks)
+        table[tuple(used.T)] = pages[: len(used)]
+        return table, num_blocks
+
+    def cache(self, which: list[Stored], table: NDArray[np.int32], num_blocks: int) -> Any:
+        """A cache with poison in every slot that no query looks at."""
+        _, heads, head_dim = which[0].values.shape
+        dtype = which[0].values.dtype
+        cache = np.full((num_blocks, heads, self.block_size, head_dim), -128 if dtype == np.int8 else np.nan, dtype)
+        scales = np.full(cache.shape[:3], np.nan, np.float32) if which[0].scales is not None else None
+        for b, (new, length) in enumerate(self.sequences):
+            at = np.arange(self.first_needed(b), length if new else 0)
+            block, place = table[b, at // self.block_size], at % self.block_size
+            cache[block, :, place] = which[b].values[at]
+            if scales is not None:
+                scales[block, :, place] = which[b].scales[at]
+        return cache, scales
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        table, num_blocks = self.block_table()
+        k_cache, k_scales = self.cache(self.keys, table, num_blocks)
+        v_cache, v_scales = self.cache(self.values, table, num_blocks)
+        return {
+            "k_cache": k_cache,
+            "v_cache": v_cache,
+            "sinks": self.sinks,
+            "block_table": table,
+            "cu_seqlens": self.cu_seqlens,
+            "seq_lens": np.array([length for _, length in self.sequences], np.int32),
+            "sm_scale": self.sm_scale,
+            "sliding_window": self.window,
+            "k_scales": k_scales,
+            "v_scales": v_scales,
+        }
+
+    def run(self, op: Any = ops.sink_attention, **changes: Any) -> Any:
+        return op(self.q, **(self.kwargs | changes))
+
+    def tail(self, b: int, start: int, stop: int) -> AttentionCase:
+        """Sequence b alone, its new tokens [start, stop) of all its positions, and no keys behind them."""
+        new, length = self.sequences[b]
+        first = self.cu_seqlens[b] - (length - new)
+        return replace(
+            self,
+            q=self.q[first + start : first + stop],
+            sequences=[(stop - start, stop)],
+            keys=[self.keys[b]],
+            values=[self.values[b]],
+        )
+
+
+def make(
+    sequences: list[tuple[int, int]],
+    heads: tuple[int, int] = (4, 2),
+    head_dim: int = 16,
+    kv_dtype: str = "float32",
+    q_dtype: str = "float32",
+    sinks_dtype: str = "float32",
+    seed: int = 0,
+    **options: Any,
+) -> AttentionCase:
+    """Draw a case with `heads` = (attention heads, key/value heads)."""
+    rng = np.random.default_rng(seed)
+    num_tokens = sum(new for new, _ in sequences)
+    keys, values = (
+        [store(normal(rng, (length, heads[1], head_dim)), kv_dtype) for _, length in sequences] for _ in range(2)
+    )
+    return AttentionCase(
+        q=normal(rng, (num_tokens, heads[0], head_dim), q_dtype, 2.0),
+        sequences=sequences,
+        keys=keys,
+        values=values,
+        sinks=normal(rng, (heads[0],), sinks_dtype),
+        sm_scale=head_dim**-0.5,
+        **options,
+    )
+
+
+def torch_attention(case: AttentionCase, dtype: str = "float32") -> tuple[torch.Tensor, torch.Tensor]:
+    """Result and sink share, from one masked softmax a sequence in float32."""
+    q, sinks = to_torch(case.q).float(), to_torch(case.sinks).float()
+    y, share = torch.zeros(q.shape), torch.zeros(q.shape[:2])
+    cu = case.cu_seqlens
+    for b, (new, length) in enumerate(case.sequences):
+        if not new:
+            continue
+        k, v = (torch.from_numpy(x[b].wide).float() for x in (case.keys, case.values))
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        age = torch.arange(length - new, length)[:, None] - torch.arange(length)[None]
+        seen = (age >= 0) & (age < (case.window or length + 1))
+        scores = torch.einsum("thd,jhd->htj", q[cu[b] : cu[b + 1]], k) * case.sm_scale
+        scores = scores.masked_fill(~seen, -torch.inf)
+        logits = torch.cat([scores, sinks[:, None, None].expand(-1, new, 1)], dim=-1)
+        weights = torch.softmax(logits, dim=-1)
+        y[cu[b] : cu[b + 1]] = torch.einsum("htj,jhd->thd", weights[..., :-1], v)
+        share[cu[b] : cu[b + 1]] = weights[..., -1].T
+    return y.to(getattr(torch, dtype)), share

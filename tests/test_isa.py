@@ -1,0 +1,146 @@
+"""The instruction set that is asked for is the one that runs, and what cannot run is an error."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+import op_calls
+from mxmoe import _core, doctor, ops
+
+LEVELS = ["scalar", "avx2", "avx512base", "avx512"]
+AVAILABLE = _core.available_isas()
+HAS_DOT = all(feature in _core.cpu_features() for feature in ("VNNI", "BF16"))
+
+# Table -> the call of op_calls that uses it, and the ending of its kernels' names where it is not the level's own.
+TABLES = {
+    "rmsnorm": ("rmsnorm", "rmsnorm", {}),
+    "rope": ("rope", "rope", {}),
+    "linear_f32_bf16": ("linear_f32_bf16", "linear_f32_bf16", {}),
+    "linear_bf16_bf16": ("linear_bf16_bf16", "linear_bf16_bf16", {"avx512": "avx512bf16"}),
+    "linear_f32_int8": ("linear_f32_int8", "linear_f32_int8", {}),
+    "linear_bf16_int8": ("linear_bf16_int8", "linear_bf16_int8", {"avx512": "avx512bf16"}),
+    "linear_int8_int8": ("linear_int8_int8", "linear_int8_int8", {"avx512": "avx512vnni"}),
+    "expert_routing": ("expert_routing", "expert_routing", {}),
+    "mxfp4_moe_f32": ("mxfp4_moe_f32", "mxfp4_moe_f32_mxfp4", {}),
+    "mxfp4_moe_bf16": ("mxfp4_moe_bf16", "mxfp4_moe_bf16_mxfp4", {"avx512": "avx512bf16"}),
+    "mxfp4_moe_int8": ("mxfp4_moe_int8", "mxfp4_moe_int8_mxfp4", {"avx512": "avx512vnni"}),
+    "mxfp4_moe_combine": ("mxfp4_moe_f32", "combine", {}),
+    "sink_attention": ("sink_attention", "sink_attention", {}),
+}
+
+
+def expected_kernel(table, level):
+    _, prefix, endings = TABLES[table]
+    ending = endings.get(level, level) if HAS_DOT else level
+    return f"{prefix}_{'avx512' if ending == 'avx512base' else ending}"
+
+
+def run_python(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)} | environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def test_every_table_is_known():
+    assert set(_core.kernels()) == set(TABLES)
+    assert [level for level in LEVELS if level in AVAILABLE] == AVAILABLE
+    assert AVAILABLE[0] == "scalar"
+
+
+@pytest.mark.parametrize("table", TABLES)
+def test_the_forced_kernel_is_the_one_that_ran(isa, table):
+    others = [level for level in AVAILABLE if level != isa]
+    if others:  # something else ran last
+        with ops.isa(others[0]):
+            op_calls.make(TABLES[table][0])()
+    op_calls.make(TABLES[table][0])()
+    index, last, rows = _core.kernels()[table]
+    assert last == expected_kernel(table, isa)
+    assert rows[index] == (last, "")
+    assert all(missing for _, missing in rows[:index])  # none better would have run
+
+
+def test_scalar_allows_nothing_else():
+    with ops.isa("scalar"):
+        for index, _, rows in _core.kernels().values():
+            assert index == len(rows) - 1
+            assert [missing == "" for _, missing in rows] == [False] * index + [True]
+
+
+def test_the_best_level_is_the_default():
+    done = run_python("from mxmoe import _core; print(_core.active_isa())", MXMOE_ISA="")
+    assert done.stdout.split() == [AVAILABLE[-1]], done.stderr
+
+
+def test_levels_nest_and_return():
+    before = _core.active_isa()
+    with ops.isa("scalar"):
+        with ops.isa(AVAILABLE[-1]):
+            assert _core.active_isa() == AVAILABLE[-1]
+        assert _core.active_isa() == "scalar"
+        with pytest.raises(ZeroDivisionError), ops.isa(AVAILABLE[-1]):
+            raise ZeroDivisionError
+        assert _core.active_isa() == "scalar"
+    assert _core.active_isa() == before
+
+
+@pytest.mark.parametrize("name", ["sse9", "AVX2", "avx512 ", "neon\n"])
+def test_unknown_levels(name):
+    before = _core.active_isa()
+    with (
+        pytest.raises(ValueError, match=f"isa is '{name}'; wanted one of scalar, avx2, avx512base, avx512"),
+        ops.isa(name),
+    ):
+        raise AssertionError("ran under an unknown instruction set")
+    assert _core.active_isa() == before
+
+
+def test_no_level():
+    with pytest.raises(ValueError, match="isa is empty; wanted the name of an instruction set"), ops.isa(""):
+        raise AssertionError("ran under no instruction set")
+    with pytest.raises((TypeError, ValueError)), ops.isa(None):
+        raise AssertionError("ran under no instruction set")
+
+
+@pytest.mark.parametrize("level", [level for level in LEVELS if level not in AVAILABLE] or [None])
+def test_levels_that_this_machine_lacks(level):
+    if level is None:
+        pytest.skip("this machine has every instruction set")
+    with pytest.raises(ValueError, match=f"isa asks for '{level}', but this CPU lacks AVX"), ops.isa(level):
+        raise AssertionError("ran under an instruction set that is not there")
+    done = run_python("from mxmoe import _core; _core.active_isa()", MXMOE_ISA=level)
+    assert done.returncode != 0 and f"MXMOE_ISA asks for '{level}', but this CPU lacks" in done.stderr
+
+
+RUN_ONE = """
+import numpy as np
+from mxmoe import _core, ops
+ops.rmsnorm(np.ones((2, 8), np.float32), np.ones(8, np.float32))
+print(_core.active_isa(), _core.kernels()["rmsnorm"][1])
+"""
+
+
+@pytest.mark.parametrize("level", AVAILABLE)
+def test_environment_variable(level):
+    done = run_python(RUN_ONE, MXMOE_ISA=level)
+    assert done.stdout.split() == [level, expected_kernel("rmsnorm", level)], done.stderr
+
+
+def test_environment_variable_of_nonsense():
+    done = run_python(RUN_ONE, MXMOE_ISA="fastest")
+    assert done.returncode != 0 and done.stdout == ""
+    assert "ValueError: MXMOE_ISA is 'fastest'; wanted one of scalar, avx2, avx512base, avx512" in done.stderr
+
+
+def test_doctor_names_the_kernels_that_run(isa):
+    report = {choice.op: choice.kernel for choice in doctor().kernels}
+    assert report == {table: expected_kernel(table, isa) for table in TABLES}
+    assert doctor().isa == isa
