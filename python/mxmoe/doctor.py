@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mxmoe import _core
+
+if TYPE_CHECKING:
+    from mxmoe.generate import Model
 
 __all__ = ["Doctor", "KernelChoice", "doctor"]
 
@@ -43,6 +46,8 @@ class Doctor:
     num_threads : int
         CPUs this process may run on.
     kernels : list of KernelChoice
+    components : dict or None
+        For a model: what each component is held in (dtype) and takes (bytes).
     """
 
     cpu_features: str
@@ -51,6 +56,7 @@ class Doctor:
     available_isas: list[str]
     num_threads: int
     kernels: list[KernelChoice]
+    components: dict[str, dict[str, Any]] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the same as plain data."""
@@ -63,8 +69,12 @@ def _why(chosen: int, rows: list[tuple[str, str]]) -> str:
     return "; ".join(f"{name} needs {lacks}" for name, lacks in rows[:chosen])
 
 
-def doctor() -> Doctor:
-    """Tell which kernel runs each op on this machine, and why.
+def doctor(model: Model | None = None) -> Doctor:
+    """Tell which kernel runs each op on this machine, and why, and what a model's components take.
+
+    Parameters
+    ----------
+    model : Model, optional
 
     Returns
     -------
@@ -88,4 +98,5 @@ def doctor() -> Doctor:
         available_isas=_core.available_isas(),
         num_threads=_core.hardware_threads(),
         kernels=kernels,
+        components=None if model is None else model.components,
     )

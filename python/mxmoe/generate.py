@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from operator import index
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from mxmoe.kv_cache import KVCache
-from mxmoe.model import Transformer
-from mxmoe.sampling import Sampler, SamplingParams
-from mxmoe.tokenizer import StopStrings, StreamDecoder, Tokenizer
+from mxmoe.model import Transformer, check_token_ids
+from mxmoe.sampling import Sampler, SamplingParams, whole_number
+from mxmoe.tokenizer import StopStrings, StreamDecoder, Tokenizer, TokenizerError
 
 __all__ = ["Generation", "GenerationStep", "Model"]
 
@@ -74,7 +75,6 @@ class _Sequence:
         self.steps: list[GenerationStep] = []
         self.decoder = StreamDecoder(tokenizer) if tokenizer is not None else None
         self.stop = StopStrings(stop)
-        self.vocab_size = tokenizer.vocab_size if tokenizer is not None else 0
         self.text = ""
 
     def advance(self, logits: np.ndarray[Any, Any]) -> tuple[GenerationStep, str]:
@@ -97,9 +97,12 @@ class _Sequence:
         return step, shown
 
     def _decode(self, token: int) -> str:
-        # The embedding may have more rows than the tokenizer has tokens; those stand for nothing.
         assert self.decoder is not None
-        return self.decoder.push(token) if token < self.vocab_size else ""
+        try:
+            return self.decoder.push(token)
+        except TokenizerError:
+            # The embedding may have more rows than the tokenizer has tokens; those stand for nothing.
+            return ""
 
     @property
     def result(self) -> Generation:
@@ -147,16 +150,17 @@ class Model(Transformer):
 
         Raises
         ------
-        ValueError
-            At the call, not at the first token: a parameter is out of range, or prompt and new tokens do not fit in
-            the cache or the model's context.
+        ValueError, TypeError
+            At the call, not at the first token: a parameter is out of range, an id is outside the vocabulary, or
+            prompt and new tokens do not fit in the cache or the model's context.
         """
         params = SamplingParams(temperature, top_p, top_k, min_p)
-        ids = np.asarray(token_ids)
+        ids = check_token_ids(token_ids, self.config.vocab_size)
         _check_count(max_new_tokens)
         if cache is None:
             cache = self.new_cache(_room(ids.size, max_new_tokens, self.config.max_position_embeddings))
         else:
+            self.check_cache(cache)
             cache.check_room(0, ids.size + max_new_tokens - 1)
         stop_ids = _stop_ids(stop_token_ids, self.config.eos_token_ids)
         sequence = _Sequence(0, Sampler(params, seed), max_new_tokens, stop_ids, None, ())
@@ -186,7 +190,7 @@ class Model(Transformer):
         """
         tokenizer = _need_tokenizer(self)
         params = SamplingParams(temperature, top_p, top_k, min_p)
-        ids = np.asarray(_encode(tokenizer, prompt), np.int64)
+        ids = check_token_ids(_encode(tokenizer, prompt), self.config.vocab_size)
         _check_count(max_new_tokens)
         cache = self.new_cache(_room(ids.size, max_new_tokens, self.config.max_position_embeddings))
         stop_ids = _stop_ids(stop_token_ids, self.config.eos_token_ids)
@@ -286,8 +290,12 @@ class Model(Transformer):
             return []
         if stop or any(isinstance(p, str) for p in prompts):
             _need_tokenizer(self)
-        ids = [np.asarray(_encode(_need_tokenizer(self), p) if isinstance(p, str) else p) for p in prompts]
-        seeds = [seed + i for i in range(len(ids))] if isinstance(seed, int) else list(seed)
+        vocab_size = self.config.vocab_size
+        ids = [
+            check_token_ids(_encode(_need_tokenizer(self), p) if isinstance(p, str) else p, vocab_size)
+            for p in prompts
+        ]
+        seeds = [seed + i for i in range(len(ids))] if isinstance(seed, int | np.integer) else list(seed)
         if len(seeds) != len(ids):
             raise ValueError(f"seed has {len(seeds)} numbers; wanted {len(ids)}, one for each prompt")
         longest = max(p.size for p in ids)
@@ -342,8 +350,8 @@ def _run_batch(
 
 
 def _check_count(max_new_tokens: int) -> None:
-    if isinstance(max_new_tokens, bool) or not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens is {max_new_tokens!r}; wanted 1 or more")
+    if whole_number("max_new_tokens", max_new_tokens) < 1:
+        raise ValueError(f"max_new_tokens is {max_new_tokens}; wanted 1 or more")
 
 
 def _room(prompt: int, new: int, context: int) -> int:
@@ -355,7 +363,10 @@ def _room(prompt: int, new: int, context: int) -> int:
 
 
 def _stop_ids(given: Sequence[int] | None, of_checkpoint: tuple[int, ...]) -> frozenset[int]:
-    return frozenset(of_checkpoint if given is None else (int(token) for token in given))
+    try:
+        return frozenset(of_checkpoint if given is None else map(index, given))
+    except TypeError:
+        raise TypeError(f"stop_token_ids is {given!r}; wanted a sequence of token ids") from None
 
 
 def _need_tokenizer(model: Model) -> Tokenizer:

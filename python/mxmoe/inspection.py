@@ -110,11 +110,12 @@ class Taps:
     """The watchers of one forward pass: hooks that may replace values, and values to be captured."""
 
     def __init__(self, config: ModelConfig, hooks: Sequence[Hook], capture: Sequence[str] | None) -> None:
-        self._captured: dict[str, list[Array]] = {}
+        if isinstance(capture, str):
+            raise TypeError(f"capture is the text {capture!r}; wanted a list of sites, such as [{capture!r}]")
         names: set[str] = set()
         for pattern in capture or ():
             names |= check_pattern(pattern, config, "capture")
-        self._captured = {site: [] for site in site_names(config) if site in names}
+        self._captured: dict[str, list[Array]] = {site: [] for site in site_names(config) if site in names}
         self._hooks: dict[str, list[HookFunction]] = {}
         for hook in hooks:
             for site in check_pattern(hook.pattern, config, "hook"):
@@ -139,16 +140,19 @@ class Taps:
 
     def _apply(self, fn: HookFunction, site: str, value: Array) -> Array:
         layer = int(site.split(".")[1]) if site.startswith("layers.") else None
+        read_only = site.rsplit(".", 1)[-1] in _READ_ONLY
+        if read_only:
+            value.flags.writeable = False
         replaced = fn(value, HookContext(site, layer, self.positions, self.sequences))
         if replaced is None or replaced is value:
             return value
+        if read_only:
+            raise ValueError(f"the hook on {site} returned a value, but this place is read-only")
         replaced = np.asarray(replaced)
         if replaced.shape != value.shape:
             raise ValueError(f"the hook on {site} returned shape {replaced.shape}; wanted {value.shape} or None")
         if not np.can_cast(replaced.dtype, value.dtype, "same_kind"):
             raise TypeError(f"the hook on {site} returned dtype {replaced.dtype}; wanted {value.dtype} or None")
-        if site.rsplit(".", 1)[-1] in _READ_ONLY:
-            raise ValueError(f"the hook on {site} returned a value, but this place is read-only")
         return np.ascontiguousarray(replaced, dtype=value.dtype)
 
     @property

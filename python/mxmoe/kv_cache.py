@@ -114,8 +114,8 @@ class KVCache:
 
     Raises
     ------
-    ValueError
-        When a parameter is out of range.
+    ValueError, TypeError
+        When a parameter is out of range or no whole number.
     """
 
     def __init__(
@@ -130,15 +130,15 @@ class KVCache:
     ) -> None:
         if dtype not in _DTYPES:
             raise ValueError(f"kv is {dtype!r}; wanted 'float32', 'bf16' or 'int8'")
+        sizes = {"num_sequences": num_sequences, "block_size": block_size, "step_tokens": step_tokens}
+        for name, value in {"max_tokens": max_tokens, **sizes}.items():
+            if isinstance(value, bool) or not isinstance(value, int | np.integer):
+                raise TypeError(f"{name} is {value!r}; wanted a whole number")
         if not 1 <= max_tokens <= config.max_position_embeddings:
             raise ValueError(
                 f"max_tokens is {max_tokens}; wanted 1 to the model's context of {config.max_position_embeddings}"
             )
-        for name, value in (
-            ("num_sequences", num_sequences),
-            ("block_size", block_size),
-            ("step_tokens", step_tokens),
-        ):
+        for name, value in sizes.items():
             if value < 1:
                 raise ValueError(f"{name} is {value}; wanted 1 or more")
         self.config, self.max_tokens, self.dtype = config, max_tokens, dtype

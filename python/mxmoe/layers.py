@@ -93,6 +93,16 @@ class Linear:
         kwargs = {"scales": self.scales, "activations": self.activations, "residual": residual}
         return self.ops.linear(x, self.weight, self.bias, **kwargs)
 
+    @property
+    def dtype(self) -> str:
+        """What the weight is held in."""
+        return "bf16" if self.scales is None else "int8"
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of weight, scales and bias."""
+        return sum(a.nbytes for a in (self.weight, self.scales, self.bias) if a is not None)
+
 
 @dataclass
 class Attention:
@@ -109,6 +119,11 @@ class Attention:
     head_dim: int
     sm_scale: float
     window: int | None
+
+    @property
+    def projections(self) -> tuple[Linear, Linear, Linear, Linear]:
+        """The dense layers: q, k, v, o."""
+        return self.q_proj, self.k_proj, self.v_proj, self.o_proj
 
     def __call__(self, x: Array, residual: Array, step: Step) -> Array:
         """(T, H) -> (T, H), on top of `residual`; keys and values of the new tokens go into the cache."""
@@ -157,6 +172,12 @@ class Experts:
     activations: str
     swiglu_alpha: float
     swiglu_limit: float
+
+    @property
+    def packed_nbytes(self) -> int:
+        """Bytes of blocks and scales."""
+        packed = (self.gate_up_blocks, self.gate_up_scales, self.down_blocks, self.down_scales)
+        return sum(a.nbytes for a in packed)
 
     def __call__(self, x: Array, topk_ids: Array, topk_weights: Array, residual: Array) -> Array:
         """(T, H), (T, k), (T, k) -> (T, H), on top of `residual`."""

@@ -88,6 +88,25 @@ class Transformer:
         """Names of all places that `forward` can capture and `hook` can change."""
         return site_names(self.config)
 
+    @property
+    def components(self) -> dict[str, dict[str, Any]]:
+        """What every kind of weight is held in (``"dtype"``) and takes (``"bytes"``)."""
+        layers = self.layers
+        attention = [p for layer in layers for p in layer.self_attn.projections]
+        experts = [layer.mlp.experts for layer in layers]
+        norms = [n for layer in layers for n in (layer.input_layernorm, layer.post_attention_layernorm)]
+        small = sum(layer.self_attn.sinks.nbytes for layer in layers)
+        held = {
+            "embedding": ("bf16", self.embed_tokens.weight.nbytes),
+            "attention": (attention[0].dtype, sum(p.nbytes for p in attention)),
+            "router": ("bf16", sum(layer.mlp.router.nbytes for layer in layers)),
+            "experts": ("mxfp4", sum(e.packed_nbytes for e in experts)),
+            "expert biases": ("bf16", sum(e.gate_up_bias.nbytes + e.down_bias.nbytes for e in experts)),
+            "norms and sinks": ("bf16", small + sum(n.weight.nbytes for n in [*norms, self.norm])),
+            "lm_head": (self.lm_head.dtype, self.lm_head.nbytes),
+        }
+        return {name: {"dtype": dtype, "bytes": int(size)} for name, (dtype, size) in held.items()}
+
     def new_cache(self, max_tokens: int, *, num_sequences: int = 1) -> KVCache:
         """Make an empty KV cache.
 
@@ -205,17 +224,18 @@ class Transformer:
 
         Raises
         ------
-        ValueError
-            An id outside the vocabulary, offsets that do not fit, an unknown site, or tokens that do not fit in the
-            cache. The cache is then as before.
+        ValueError, TypeError
+            An id outside the vocabulary, offsets that do not fit, an unknown site, tokens that do not fit in the
+            cache, or a cache of another model. The cache is then as before.
         """
-        ids = _check_token_ids(token_ids, self.config.vocab_size)
+        ids = check_token_ids(token_ids, self.config.vocab_size)
         bounds = _check_bounds(cu_seqlens, ids.size)
         counts = np.diff(bounds)
         if logits not in ("all", "last", "none"):
             raise ValueError(f"logits is {logits!r}; wanted 'all', 'last' or 'none'")
         if cache is None:
             cache = self.new_cache(max(1, int(counts.max())), num_sequences=len(counts))
+        self.check_cache(cache)
         which = _check_sequences(sequences, len(counts))
         for sequence, count in zip(which, counts, strict=True):
             cache.check_room(sequence, int(count))
@@ -238,6 +258,13 @@ class Transformer:
         return result if capture is None else (result, taps.captured)
 
     __call__ = forward
+
+    def check_cache(self, cache: object) -> None:
+        """Raise TypeError or ValueError unless `cache` is a cache of this model's configuration."""
+        if not isinstance(cache, KVCache):
+            raise TypeError(f"cache is of type {type(cache).__name__}; wanted a KVCache, as new_cache makes it")
+        if cache.config != self.config:
+            raise ValueError("cache was made for a model of another configuration; wanted one of this model's own")
 
     def _no_logits(self) -> Array:
         return np.zeros((0, self.config.vocab_size), np.float32)
@@ -266,12 +293,22 @@ class Transformer:
         return x
 
 
-def _check_token_ids(token_ids: ArrayLike, vocab_size: int) -> NDArray[np.int64]:
-    ids = np.asarray(token_ids)
-    if ids.ndim != 1 or ids.size == 0 or ids.dtype.kind not in "iu":
+def _integers(name: str, values: ArrayLike) -> Array:
+    """Convert to a vector of integers; ValueError for what is none."""
+    try:
+        array = np.asarray(values)
+    except ValueError:
+        raise ValueError(f"{name} is ragged; wanted a vector of integers") from None
+    if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iu":
         raise ValueError(
-            f"token_ids has shape {ids.shape} and dtype {ids.dtype}; wanted a non-empty vector of integers"
+            f"{name} has shape {array.shape} and dtype {array.dtype}; wanted a non-empty vector of integers"
         )
+    return array
+
+
+def check_token_ids(token_ids: ArrayLike, vocab_size: int) -> NDArray[np.int64]:
+    """Convert to int64 what is a non-empty vector of ids below `vocab_size`; ValueError for everything else."""
+    ids = _integers("token_ids", token_ids)
     if ids.min() < 0 or ids.max() >= vocab_size:
         bad = ids[(ids < 0) | (ids >= vocab_size)][0]
         raise ValueError(f"token_ids holds {bad}; wanted 0 to {vocab_size - 1}")
@@ -279,16 +316,16 @@ def _check_token_ids(token_ids: ArrayLike, vocab_size: int) -> NDArray[np.int64]
 
 
 def _check_bounds(cu_seqlens: Sequence[int] | None, num_tokens: int) -> NDArray[np.int64]:
-    bounds = np.array([0, num_tokens] if cu_seqlens is None else cu_seqlens, np.int64)
-    if bounds.ndim != 1 or bounds.size < 2 or bounds[0] != 0 or bounds[-1] != num_tokens:
+    bounds = _integers("cu_seqlens", [0, num_tokens] if cu_seqlens is None else cu_seqlens)
+    if bounds.size < 2 or bounds[0] != 0 or bounds[-1] != num_tokens:
         raise ValueError(f"cu_seqlens is {bounds.tolist()}; wanted it to run from 0 to {num_tokens}")
-    if (np.diff(bounds) < 1).any():
+    if (bounds[1:] <= bounds[:-1]).any():
         raise ValueError(f"cu_seqlens is {bounds.tolist()}; wanted at least one token for every sequence")
-    return bounds
+    return bounds.astype(np.int64)
 
 
 def _check_sequences(sequences: Sequence[int] | None, count: int) -> list[int]:
-    which = list(range(count)) if sequences is None else [int(s) for s in sequences]
+    which: list[int] = _integers("sequences", range(count) if sequences is None else sequences).tolist()
     if len(which) != count or len(set(which)) != count:
         raise ValueError(f"sequences is {which}; wanted {count} different numbers, as many as cu_seqlens has")
     return which

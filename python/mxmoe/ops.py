@@ -14,6 +14,7 @@ differ in the last bits between instruction sets.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,6 +49,9 @@ Array = Any
 
 Activations = Literal["float32", "bf16", "int8"]
 
+# More than any model has; bounds what is allocated for a count that came from outside.
+_MAX_EXPERTS = 65536
+
 _NUMPY_DTYPES: dict[str, Any] = {
     "float32": np.float32,
     "bfloat16": ml_dtypes.bfloat16,
@@ -66,23 +70,39 @@ def _empty(like: Array, shape: tuple[int, ...], dtype: str) -> Array:
     return np.empty(shape, _NUMPY_DTYPES[dtype])
 
 
-def _dtype_name(x: Array) -> str:
-    return str(getattr(x, "dtype", "float32")).removeprefix("torch.")
-
-
 def _shape(name: str, x: Array, ndim: int) -> tuple[int, ...]:
     """Shape of `x`, needed to make an output before the kernel has checked anything."""
-    shape = getattr(x, "shape", None)
-    if shape is None:
-        try:
-            shape = memoryview(x).shape
-        except TypeError:
-            raise TypeError(
-                f"{name} is of type {type(x).__name__}; wanted an array with DLPack or the buffer protocol"
-            ) from None
+    shape: tuple[int, ...] = _core.describe(x, name)[0]
     if len(shape) != ndim:
-        raise ValueError(f"{name} has shape {tuple(shape)}; wanted {ndim} axes")
-    return tuple(int(n) for n in shape)
+        raise ValueError(f"{name} has shape {shape}; wanted {ndim} axes")
+    return shape
+
+
+def _float_dtype(name: str, x: Array) -> str:
+    dtype: str = _core.describe(x, name)[1]
+    if dtype not in ("float32", "bfloat16"):
+        raise TypeError(f"{name} has dtype {dtype}; wanted float32 or bfloat16")
+    return dtype
+
+
+def _integers(name: str, values: Array) -> Array:
+    """Convert to contiguous int64 what is an array, a list or a scalar of integers, and nothing else."""
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} is no array of integers: {error}") from None
+    if array.dtype.kind not in "iu" and array.size:
+        raise TypeError(f"{name} has dtype {array.dtype}; wanted integers")
+    return array.astype(np.int64, order="C", copy=False)
+
+
+def _reshape(name: str, x: Array, *shape: int) -> Array:
+    """Reshape also what has no such method: bare buffers and DLPack exporters."""
+    if _core.describe(x, name)[0] == shape:
+        return x
+    if not hasattr(x, "reshape"):
+        x = np.from_dlpack(x) if hasattr(x, "__dlpack__") else np.asarray(x)
+    return x.reshape(shape)
 
 
 @contextmanager
@@ -122,6 +142,8 @@ def isa(name: str) -> Iterator[None]:
     ValueError
         The name is unknown or this CPU lacks the instruction set.
     """
+    if not name:
+        raise ValueError("isa is empty; wanted the name of an instruction set")
     before = _core.active_isa()
     _core.set_isa(name)
     try:
@@ -148,7 +170,7 @@ def embedding(token_ids: Array, weight: Array, *, out: Array | None = None) -> A
     ValueError
         An id is negative or not below vocab_size.
     """
-    ids = np.ascontiguousarray(token_ids, dtype=np.int64)
+    ids = _integers("token_ids", token_ids)
     if out is None:
         out = _empty(weight, (ids.size, _shape("weight", weight, 2)[1]), "float32")
     _core.embedding(ids, weight, out)
@@ -176,7 +198,7 @@ def rmsnorm(x: Array, weight: Array, eps: float = 1e-5, *, out: Array | None = N
     Zhang and Sennrich 2019, equation 4.
     """
     if out is None:
-        out = _empty(x, _shape("x", x, 2), _dtype_name(x))
+        out = _empty(x, _shape("x", x, 2), _float_dtype("x", x))
     _core.rmsnorm(x, weight, eps, out)
     return out
 
@@ -239,7 +261,7 @@ def rope_cos_sin(positions: Array, inv_freq: Array, scaling: float = 1.0) -> tup
     -------
     cos, sin : ndarray, shape (num_tokens, head_dim // 2), float32
     """
-    positions = np.ascontiguousarray(positions, dtype=np.int64)
+    positions = _integers("positions", positions)
     shape = (positions.size, _shape("inv_freq", inv_freq, 1)[0])
     cos, sin = np.empty(shape, np.float32), np.empty(shape, np.float32)
     _core.rope_cos_sin(positions, inv_freq, scaling, cos, sin)
@@ -267,7 +289,7 @@ def rope(x: Array, cos: Array, sin: Array, *, out: Array | None = None) -> Array
     Su et al. 2021, section 3.4.2.
     """
     if out is None:
-        out = _empty(x, _shape("x", x, 3), _dtype_name(x))
+        out = _empty(x, _shape("x", x, 3), _float_dtype("x", x))
     _core.rope(x, cos, sin, out)
     return out
 
@@ -353,7 +375,9 @@ def expert_offsets(topk_ids: Array, num_experts: int) -> tuple[Array, Array]:
         Pairs, as ``token * experts_per_token + choice``.
     """
     num_tokens, chosen = _shape("topk_ids", topk_ids, 2)
-    offsets = _empty(topk_ids, (max(num_experts, 0) + 1,), "int32")
+    if not 1 <= num_experts <= _MAX_EXPERTS:
+        raise ValueError(f"num_experts is {num_experts}; wanted 1 to {_MAX_EXPERTS}")
+    offsets = _empty(topk_ids, (num_experts + 1,), "int32")
     order = _empty(topk_ids, (num_tokens * chosen,), "int32")
     _core.expert_offsets(topk_ids, num_experts, offsets, order)
     return offsets, order
@@ -463,7 +487,7 @@ def kv_cache_write(
     ----------
     Kwon et al. 2023 (PagedAttention), section 4.
     """
-    slots = np.ascontiguousarray(slots, dtype=np.int64)
+    slots = _integers("slots", slots)
     _core.kv_cache_write(k, v, k_cache, v_cache, slots, k_scales, v_scales)
 
 
@@ -522,7 +546,7 @@ def sink_attention(
     gpt-oss model card, section 2.3; Xiao et al. 2023; Dao 2023, section 3.1.
     """
     if out is None:
-        out = _empty(q, _shape("q", q, 3), _dtype_name(q))
+        out = _empty(q, _shape("q", q, 3), _float_dtype("q", q))
     _core.sink_attention(
         q,
         k_cache,
@@ -560,16 +584,19 @@ def mxfp4_dequantize(blocks: Array, scales: Array, *, dtype: Literal["float32", 
     ----------
     OCP Microscaling Formats v1.0, section 5.
     """
-    *lead, per_row, width = blocks.shape
-    if width != 16 or tuple(scales.shape) != (*lead, per_row):
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype is {dtype!r}; wanted 'float32' or 'bfloat16'")
+    shape, scales_shape = _core.describe(blocks, "blocks")[0], _core.describe(scales, "scales")[0]
+    if len(shape) < 2 or shape[-1] != 16 or scales_shape != shape[:-1]:
         raise ValueError(
-            f"blocks and scales have shapes {tuple(blocks.shape)} and {tuple(scales.shape)}; "
-            "wanted (..., k // 32, 16) and (..., k // 32)"
+            f"blocks and scales have shapes {shape} and {scales_shape}; wanted (..., k // 32, 16) and (..., k // 32)"
         )
-    out = _empty(blocks, (int(np.prod(lead)), per_row * 32), dtype)
-    flat_blocks = blocks.reshape(-1, per_row, 16) if per_row else blocks.reshape(out.shape[0], 0, 16)
-    flat_scales = scales.reshape(-1, per_row) if per_row else scales.reshape(out.shape[0], 0)
-    _core.mxfp4_dequantize(flat_blocks, flat_scales, out)
+    *lead, per_row, _ = shape
+    rows = math.prod(lead)
+    out = _empty(blocks, (rows, per_row * 32), dtype)
+    _core.mxfp4_dequantize(
+        _reshape("blocks", blocks, rows, per_row, 16), _reshape("scales", scales, rows, per_row), out
+    )
     return out.reshape(*lead, per_row * 32)
 
 
@@ -593,13 +620,13 @@ def mxfp4_quantize(x: Array) -> tuple[Array, Array]:
     ----------
     OCP Microscaling Formats v1.0, section 6.3.
     """
-    *lead, k = x.shape
+    *lead, k = _core.describe(x, "x")[0]
     if k % 32 != 0 or k == 0:
         raise ValueError(f"x has {k} columns; wanted a positive multiple of 32")
-    rows = x.reshape(-1, k)
-    blocks = _empty(x, (rows.shape[0], k // 32, 16), "uint8")
-    scales = _empty(x, (rows.shape[0], k // 32), "uint8")
-    _core.mxfp4_quantize(rows, blocks, scales)
+    rows = math.prod(lead)
+    blocks = _empty(x, (rows, k // 32, 16), "uint8")
+    scales = _empty(x, (rows, k // 32), "uint8")
+    _core.mxfp4_quantize(_reshape("x", x, rows, k), blocks, scales)
     return blocks.reshape(*lead, k // 32, 16), scales.reshape(*lead, k // 32)
 
 

@@ -9,7 +9,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Sampler", "SamplingParams"]
+__all__ = ["Sampler", "SamplingParams", "whole_number"]
+
+
+def whole_number(name: str, value: object) -> int:
+    """Return an integer of Python's or NumPy's as the former; TypeError, naming it, for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} is {value!r}; wanted a whole number")
+    return int(value)
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float | np.integer | np.floating):
+        raise TypeError(f"{name} is {value!r}; wanted a number")
+    return float(value)
 
 
 @dataclass(frozen=True)
@@ -32,8 +45,8 @@ class SamplingParams:
 
     Raises
     ------
-    ValueError
-        When a value is out of range.
+    ValueError, TypeError
+        When a value is out of range or no number.
     """
 
     temperature: float = 0.0
@@ -42,14 +55,15 @@ class SamplingParams:
     min_p: float = 0.0
 
     def __post_init__(self) -> None:
+        # Comparisons with NaN are false.
         wanted = {
-            "temperature": (math.isfinite(self.temperature) and self.temperature >= 0.0, "0 or more"),
-            "top_p": (0.0 < self.top_p <= 1.0, "above 0, up to 1"),
-            "top_k": (self.top_k >= 0 and self.top_k == int(self.top_k), "a whole number, 0 or more"),
-            "min_p": (0.0 <= self.min_p <= 1.0, "0 to 1"),
+            "temperature": (0.0 <= _number("temperature", self.temperature) < math.inf, "0 or more"),
+            "top_p": (0.0 < _number("top_p", self.top_p) <= 1.0, "above 0, up to 1"),
+            "top_k": (whole_number("top_k", self.top_k) >= 0, "0 or more"),
+            "min_p": (0.0 <= _number("min_p", self.min_p) <= 1.0, "0 to 1"),
         }
-        for name, (ok, range_) in wanted.items():
-            if not ok:
+        for name, (fits, range_) in wanted.items():
+            if not fits:
                 raise ValueError(f"{name} is {getattr(self, name)}; wanted {range_}")
 
 
@@ -64,10 +78,10 @@ class Sampler:
     """
 
     def __init__(self, params: SamplingParams, seed: int = 0) -> None:
-        if seed < 0:
+        if whole_number("seed", seed) < 0:
             raise ValueError(f"seed is {seed}; wanted 0 or more")
         self.params = params
-        self._random = np.random.Generator(np.random.Philox(seed))
+        self._random = np.random.Generator(np.random.Philox(int(seed)))
 
     def __call__(self, logits: NDArray[Any]) -> tuple[int, float]:
         """Choose a token.
@@ -93,10 +107,12 @@ class Sampler:
             raise ValueError(f"the logits reach {top}; wanted finite numbers: are the weights or a hook broken?")
         shifted = logits.astype(np.float64) - top
         total = math.log(np.exp(shifted).sum())
-        token = best if self.params.temperature == 0.0 else self._draw(shifted / self.params.temperature)
+        token = best if self.params.temperature == 0.0 else self._draw(shifted)
         return token, float(shifted[token]) - total
 
-    def _draw(self, x: NDArray[np.float64]) -> int:
+    def _draw(self, shifted: NDArray[np.float64]) -> int:
+        with np.errstate(over="ignore"):  # a temperature near 0 leaves the likeliest token alone
+            x = shifted / self.params.temperature
         # Below e^-50 of the likeliest, all tokens of a vocabulary together vanish in float64's rounding.
         candidates = np.flatnonzero(x > -50.0)
         candidates = candidates[np.argsort(-x[candidates], kind="stable")]

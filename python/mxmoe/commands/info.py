@@ -9,46 +9,10 @@ from rich.table import Table
 
 from mxmoe.config import ModelConfig
 from mxmoe.generate import Model
-from mxmoe.layers import Linear
 
 __all__ = ["run", "show"]
 
 _CONTEXTS = (4096, 8192, 32768, 131072)
-
-
-def _linear_bytes(layer: Linear) -> int:
-    return sum(a.nbytes for a in (layer.weight, layer.bias, layer.scales) if a is not None)
-
-
-def _components(model: Model) -> dict[str, dict[str, Any]]:
-    """Bytes and dtype of every kind of weight, as it is held."""
-    attention = [p for layer in model.layers for p in _projections(layer)]
-    experts = [layer.mlp.experts for layer in model.layers]
-    biases = sum(e.gate_up_bias.nbytes + e.down_bias.nbytes for e in experts)
-    norms = [n for layer in model.layers for n in (layer.input_layernorm, layer.post_attention_layernorm)]
-    small = sum(layer.self_attn.sinks.nbytes for layer in model.layers)
-    small += sum(n.weight.nbytes for n in [*norms, model.norm])
-    packed = sum(
-        a.nbytes for e in experts for a in (e.gate_up_blocks, e.gate_up_scales, e.down_blocks, e.down_scales)
-    )
-    return {
-        "embedding": {"dtype": "bf16", "bytes": int(model.embed_tokens.weight.nbytes)},
-        "attention": {"dtype": _dtype(attention[0]), "bytes": sum(map(_linear_bytes, attention))},
-        "router": {"dtype": "bf16", "bytes": sum(_linear_bytes(layer.mlp.router) for layer in model.layers)},
-        "experts": {"dtype": "mxfp4", "bytes": int(packed)},
-        "expert biases": {"dtype": "bf16", "bytes": int(biases)},
-        "norms and sinks": {"dtype": "bf16", "bytes": int(small)},
-        "lm_head": {"dtype": _dtype(model.lm_head), "bytes": _linear_bytes(model.lm_head)},
-    }
-
-
-def _projections(layer: Any) -> tuple[Linear, ...]:
-    attention = layer.self_attn
-    return attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
-
-
-def _dtype(layer: Linear) -> str:
-    return "int8" if layer.scales is not None else "bf16"
 
 
 def _parameters(config: ModelConfig) -> dict[str, int]:
@@ -70,7 +34,7 @@ def _parameters(config: ModelConfig) -> dict[str, int]:
 def run(model: Model) -> dict[str, Any]:
     """Return what ``--json`` prints."""
     config = model.config
-    components = _components(model)
+    components = model.components
     weights = sum(int(c["bytes"]) for c in components.values())
     contexts = {}
     for tokens in sorted({min(n, config.max_position_embeddings) for n in _CONTEXTS}):
@@ -100,18 +64,22 @@ def _human(n: float) -> str:
     return f"{n:.2f} {unit}" if unit != "B" else f"{int(n)} B"
 
 
+def _summary(config: dict[str, Any], parameters: dict[str, int]) -> str:
+    return (
+        f"{parameters['total'] / 1e9:.3g} B parameters, {parameters['active'] / 1e9:.3g} B active; "
+        f"{config['num_hidden_layers']} layers, {config['layer_types']['sliding']} of them with a sliding window of "
+        f"{config['sliding_window']}; {config['num_experts']} experts, {config['experts_per_token']} per token; "
+        f"hidden {config['hidden_size']}, intermediate {config['intermediate_size']}; "
+        f"{config['num_attention_heads']} heads of {config['head_dim']}, {config['num_key_value_heads']} key/value; "
+        f"vocabulary {config['vocab_size']}, context {config['max_position_embeddings']}"
+    )
+
+
 def show(result: dict[str, Any]) -> None:
     """Print the same for people."""
     config, console = result["config"], Console()
     console.print(f"[bold]{result['model']}[/bold]", soft_wrap=True)
-    console.print(
-        f"{result['parameters']['total'] / 1e9:.3g} B parameters, "
-        f"{result['parameters']['active'] / 1e9:.3g} B active; {config['num_hidden_layers']} layers ({config['layer_types']['sliding']} with a sliding window of "
-        f"{config['sliding_window']}), {config['num_experts']} experts, {config['experts_per_token']} per token; "
-        f"hidden {config['hidden_size']}, intermediate {config['intermediate_size']}, "
-        f"{config['num_attention_heads']} heads of {config['head_dim']} ({config['num_key_value_heads']} key/value); "
-        f"vocabulary {config['vocab_size']}, context {config['max_position_embeddings']}"
-    )
+    console.print(_summary(config, result["parameters"]))
     table = Table("component", "dtype", "bytes")
     for name, component in result["components"].items():
         table.add_row(name, component["dtype"], _human(component["bytes"]))

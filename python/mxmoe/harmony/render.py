@@ -39,9 +39,7 @@ def control_tokens(tokenizer: Tokenizer) -> dict[str, int]:
     special = tokenizer.special_tokens
     missing = [name for name in CONTROL_TOKENS if name not in special]
     if missing:
-        raise TokenizerError(
-            f"the tokenizer lacks special tokens of the harmony format: {', '.join(missing)}"
-        )
+        raise TokenizerError(f"the tokenizer lacks special tokens of the harmony format: {', '.join(missing)}")
     return {name: special[name] for name in CONTROL_TOKENS}
 
 
@@ -189,8 +187,6 @@ def _check_header(message: Message) -> None:
     for part in ("name", "recipient", "channel", "content_type"):
         value = getattr(message, part)
         if value is not None and (not isinstance(value, str) or value == "" or any(map(str.isspace, value))):
-            raise ValueError(
-                f"a message's {part} must be None or one word without white space, but is {value!r}"
-            )
+            raise ValueError(f"a message's {part} must be None or one word without white space, but is {value!r}")
     if not isinstance(message.content, str):
         raise ValueError(f"a message's content must be a string, but is {type(message.content).__name__}")

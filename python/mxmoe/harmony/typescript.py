@@ -132,9 +132,7 @@ def _one_of_property(label: str, schema: dict[str, Any], indent: str) -> str:
     return f"{text}{indent},\n"
 
 
-def _trailing_comment(
-    schema: Any, *, unsaid: tuple[str | None, ...] | None = (), plain_enum: bool = False
-) -> str:
+def _trailing_comment(schema: Any, *, unsaid: tuple[str | None, ...] | None = (), plain_enum: bool = False) -> str:
     """Return the comment after a variant; `unsaid` are descriptions to leave out, None leaves out any."""
     if not isinstance(schema, dict):
         return ""
