@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from checkpoints import write
 
 import mxmoe
+from checkpoints import write
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "bench"))
 from make_checkpoint import byte_tokenizer

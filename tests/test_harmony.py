@@ -8,6 +8,7 @@ import re
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from mxmoe import harmony
 from mxmoe.harmony import Function, Message
 from mxmoe.tokenizer import Tokenizer, TokenizerError
@@ -99,8 +100,7 @@ def test_a_conversation_with_a_function_is_written_as_published():
     ]
     assert rendered(messages) == OPENING
     assert (
-        rendered([*messages, *CALL])
-        == OPENING.removesuffix("<|start|>assistant") + CALL_TEXT + "<|start|>assistant"
+        rendered([*messages, *CALL]) == OPENING.removesuffix("<|start|>assistant") + CALL_TEXT + "<|start|>assistant"
     )
 
 
@@ -116,9 +116,7 @@ def test_analysis_is_dropped_once_answered():
     assert history == asked + CALL_TEXT[CALL_TEXT.index("<|end|>") + 7 :] + answered + asked
     assert "Need the tool." in rendered([question, *CALL, thought])
     second = rendered([question, thought, answer, question, *CALL])
-    assert (
-        "Need the tool." in second and "Hm." in second
-    )  # the library's rule: the last assistant message decides
+    assert "Need the tool." in second and "Hm." in second  # the library's rule: the last assistant message decides
 
 
 def test_analysis_after_the_first_answer_is_kept():
@@ -128,10 +126,7 @@ def test_analysis_after_the_first_answer_is_kept():
 
 
 def test_everyone_is_no_recipient():
-    assert (
-        rendered([Message("tool", "2", "python", "all")], next_role=None)
-        == "<|start|>python<|message|>2<|end|>"
-    )
+    assert rendered([Message("tool", "2", "python", "all")], next_role=None) == "<|start|>python<|message|>2<|end|>"
 
 
 def test_the_end_of_a_message():
@@ -227,9 +222,7 @@ def test_bad_arguments(call, error):
 
 
 def test_a_tokenizer_without_the_format():
-    lacking = Tokenizer(
-        backend(special=[name for name in SPECIAL if name not in ("<|call|>", "<|channel|>")])
-    )
+    lacking = Tokenizer(backend(special=[name for name in SPECIAL if name not in ("<|call|>", "<|channel|>")]))
     for call in (
         lambda: harmony.render_conversation([], lacking),
         lambda: harmony.parse([], lacking),
@@ -480,9 +473,7 @@ KEYS = [
     "type", "properties", "items", "enum", "oneOf", "default", "required", "nullable", "title", "examples",
     "description", "other",
 ]  # fmt: skip
-LEAVES = (
-    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
-)
+LEAVES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text()
 
 
 def lists_and_objects(inner):

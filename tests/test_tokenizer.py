@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken
+
 from mxmoe.tokenizer import StopStrings, StreamDecoder, Tokenizer, TokenizerError
 from small_tokenizer import SPECIAL, backend
-from tokenizers import AddedToken
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "shared" / "data" / "gpt-oss-tokenizer.json.gz"
 SMALL = Tokenizer(backend())
@@ -131,9 +132,7 @@ def test_token_bytes_cover_every_byte_and_agree_with_the_library():
 @pytest.mark.parametrize("token_id", [-1, 400, 2**31, 2**63, 2**80])
 def test_ids_outside_the_vocabulary(token_id):
     for call in (SMALL.token_bytes, lambda i: SMALL.decode([i]), StreamDecoder(SMALL).push):
-        with pytest.raises(
-            TokenizerError, match=rf"token id {token_id} is not in the vocabulary of 400 tokens"
-        ):
+        with pytest.raises(TokenizerError, match=rf"token id {token_id} is not in the vocabulary of 400 tokens"):
             call(token_id)
 
 
@@ -187,9 +186,7 @@ def broken_files():
         "unknown decoder": changed(decoder={"type": "Unheard"}),
         "no decoder": changed(decoder=None),
         "another decoder": changed(decoder={"type": "WordPiece", "prefix": "##", "cleanup": True}),
-        "another model": changed(
-            model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}, added_tokens=[]
-        ),
+        "another model": changed(model={"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}, added_tokens=[]),
         "added tokens are words": changed(added_tokens=["<|end|>"]),
         "added token without id": changed(added_tokens=[{"content": "<|end|>"}]),
         "wrong version": changed(version="99"),
@@ -252,9 +249,7 @@ def test_bytes_that_are_no_character(data, pieces):
 
 
 @settings(max_examples=500)
-@given(
-    st.lists(st.one_of(st.integers(0, SMALL.vocab_size - 1), st.sampled_from(ids_of_bytes(range(128, 256)))))
-)
+@given(st.lists(st.one_of(st.integers(0, SMALL.vocab_size - 1), st.sampled_from(ids_of_bytes(range(128, 256))))))
 def test_the_stream_is_the_text_of_all_tokens(token_ids):
     text = "".join(stream(SMALL, token_ids))
     assert text == SMALL.decode(token_ids)
@@ -320,9 +315,7 @@ def test_stop_strings_hold_back_no_more_than_they_must(stops, text):
         assert held == "" or any(stop.startswith(held) for stop in stops)
 
 
-@pytest.mark.parametrize(
-    ("stops", "message"), [([""], "''"), (["a", 3], "3"), ("END", "'END'"), ([None], "None")]
-)
+@pytest.mark.parametrize(("stops", "message"), [([""], "''"), (["a", 3], "3"), ("END", "'END'"), ([None], "None")])
 def test_bad_stop_strings(stops, message):
     with pytest.raises(ValueError, match=f"stop string.*{message}"):
         StopStrings(stops)

@@ -13,8 +13,8 @@ namespace py = pybind11;
 namespace mxmoe {
 namespace {
 
-using KernelsOfOp = py::typing::Tuple<py::int_, py::typing::Optional<py::str>,
-                                      py::typing::List<py::typing::Tuple<py::str, py::str>>>;
+using KernelsOfOp =
+    py::typing::Tuple<py::int_, py::typing::Optional<py::str>, py::typing::List<py::typing::Tuple<py::str, py::str>>>;
 
 void bind_machine(py::module_& m) {
   m.def("active_isa", [] { return std::string(active_isa().name); });
@@ -45,8 +45,7 @@ void bind_machine(py::module_& m) {
 }  // namespace mxmoe
 
 PYBIND11_MODULE(_core, m) {
-  m.doc() =
-      "Kernels of mxmoe. Outputs are written into the arrays passed for them; mxmoe.ops is the public face.";
+  m.doc() = "Kernels of mxmoe. Outputs are written into the arrays passed for them; mxmoe.ops is the public face.";
   py::register_exception_translator([](std::exception_ptr p) {
     try {
       if (p) std::rethrow_exception(p);

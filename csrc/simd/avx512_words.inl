@@ -46,9 +46,7 @@ inline f32v min(f32v a, f32v b) { return {_mm512_min_ps(a.v, b.v)}; }
 inline f32v max(f32v a, f32v b) { return {_mm512_max_ps(a.v, b.v)}; }
 inline f32v fma(f32v a, f32v b, f32v c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 inline f32v abs(f32v x) { return {_mm512_abs_ps(x.v)}; }
-inline f32v round(f32v x) {
-  return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
-}
+inline f32v round(f32v x) { return {_mm512_roundscale_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)}; }
 inline f32v scale_by_pow2(f32v x, f32v n) {
   const __m512i biased = _mm512_add_epi32(_mm512_cvtps_epi32(n.v), _mm512_set1_epi32(127));
   return {_mm512_mul_ps(x.v, _mm512_castsi512_ps(_mm512_slli_epi32(biased, 23)))};
@@ -84,8 +82,7 @@ inline void decode_e2m1(const uint8_t* p, f32v (&out)[kMxBlock / kLanes]) {
   for (int i = 0; i < kMxBlock / kLanes; ++i) {
     const __m128i two_words = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8 * i));
     // The permute looks at the low four bits of each lane: nothing needs masking off.
-    const __m512i code =
-        _mm512_srlv_epi32(_mm512_permutexvar_epi32(word, _mm512_castsi128_si512(two_words)), shifts);
+    const __m512i code = _mm512_srlv_epi32(_mm512_permutexvar_epi32(word, _mm512_castsi128_si512(two_words)), shifts);
     out[i].v = _mm512_permutexvar_ps(code, values);
   }
 }

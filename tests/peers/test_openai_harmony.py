@@ -11,6 +11,7 @@ import random
 from pathlib import Path
 
 import pytest
+
 from mxmoe import harmony
 from mxmoe.tokenizer import Tokenizer
 
@@ -70,9 +71,7 @@ def value(rng, depth=0):
         lambda: text(rng, 2),
         lambda: rng.randint(-(10**9), 10**9),
         lambda: rng.choice([2**53, -(2**63), 2**63, 2**64 - 1, 2**64, -(2**63) - 1, 10**30, 0]),
-        lambda: rng.choice(
-            [0.0, -0.0, 1.0, 0.5, 1e-4, 1e-5, 1.5e-5, 1e-6, -2.5e-7, 1e15, 1e16, 1e21, 123456.789]
-        ),
+        lambda: rng.choice([0.0, -0.0, 1.0, 0.5, 1e-4, 1e-5, 1.5e-5, 1e-6, -2.5e-7, 1e15, 1e16, 1e21, 123456.789]),
         lambda: rng.choice([True, False]),
         lambda: None,
         lambda: "plain",
@@ -94,9 +93,7 @@ def schema(rng, depth=0):
     if kind in ("string", "number", "integer", "boolean", "array", "object"):
         made["type"] = kind
     if kind == "list":
-        made["type"] = rng.choice(
-            [["number", "string"], ["integer", "null"], [], ["string", 3], ["object", "array"]]
-        )
+        made["type"] = rng.choice([["number", "string"], ["integer", "null"], [], ["string", 3], ["object", "array"]])
     if kind == "odd":
         made |= rng.choice(
             [{}, {"type": "null"}, {"type": 7}, {"$ref": "#/x"}, {"oneOf": "no"}, {"enum": ["a", "b"]}]
@@ -106,9 +103,7 @@ def schema(rng, depth=0):
     if kind == "oneOf":
         made["oneOf"] = [schema(rng, depth + 1) for _ in range(rng.randrange(4))]
     if kind == "object":
-        keys = rng.sample(
-            ["city", "unit", "naïve", "with space", "a-b", "x", "items", "type"], rng.randrange(5)
-        )
+        keys = rng.sample(["city", "unit", "naïve", "with space", "a-b", "x", "items", "type"], rng.randrange(5))
         made["properties"] = {key: schema(rng, depth + 1) for key in keys}
         if rng.random() < 0.7:
             made["required"] = [key for key in keys if rng.random() < 0.5] + rng.choice([[], [3], ["absent"]])
@@ -170,9 +165,7 @@ def opening(rng):
         theirs.append({"role": "system", "content": [content]})
     if functions or rng.random() < 0.7:
         ours.append(harmony.developer_message(instructions, functions))
-        tools = [
-            {"name": f.name, "description": f.description, "parameters": f.parameters} for f in functions
-        ]
+        tools = [{"name": f.name, "description": f.description, "parameters": f.parameters} for f in functions]
         namespace = {"functions": {"name": "functions", "description": None, "tools": tools}}
         content = {
             "type": "developer_content",

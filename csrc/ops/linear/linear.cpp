@@ -11,19 +11,17 @@ namespace mxmoe {
 namespace {
 
 using Fn = const LinearKernel*;
-Dispatch<Fn> f32_bf16("linear_f32_bf16",
-                      {MXMOE_X86({"linear_f32_bf16_avx512", kAvx512, &linear_avx512.f32_bf16},
-                                 {"linear_f32_bf16_avx2", kAvx2, &linear_avx2.f32_bf16}){
-                          "linear_f32_bf16_scalar", 0, &linear_scalar.f32_bf16}});
+Dispatch<Fn> f32_bf16("linear_f32_bf16", {MXMOE_X86({"linear_f32_bf16_avx512", kAvx512, &linear_avx512.f32_bf16},
+                                                    {"linear_f32_bf16_avx2", kAvx2, &linear_avx2.f32_bf16}){
+                                             "linear_f32_bf16_scalar", 0, &linear_scalar.f32_bf16}});
 Dispatch<Fn> bf16_bf16("linear_bf16_bf16",
                        {MXMOE_X86({"linear_bf16_bf16_avx512bf16", kAvx512Dot, &linear_avx512x.bf16_bf16},
                                   {"linear_bf16_bf16_avx512", kAvx512, &linear_avx512.bf16_bf16},
                                   {"linear_bf16_bf16_avx2", kAvx2, &linear_avx2.bf16_bf16}){
                            "linear_bf16_bf16_scalar", 0, &linear_scalar.bf16_bf16}});
-Dispatch<Fn> f32_int8("linear_f32_int8",
-                      {MXMOE_X86({"linear_f32_int8_avx512", kAvx512, &linear_avx512.f32_int8},
-                                 {"linear_f32_int8_avx2", kAvx2, &linear_avx2.f32_int8}){
-                          "linear_f32_int8_scalar", 0, &linear_scalar.f32_int8}});
+Dispatch<Fn> f32_int8("linear_f32_int8", {MXMOE_X86({"linear_f32_int8_avx512", kAvx512, &linear_avx512.f32_int8},
+                                                    {"linear_f32_int8_avx2", kAvx2, &linear_avx2.f32_int8}){
+                                             "linear_f32_int8_scalar", 0, &linear_scalar.f32_int8}});
 Dispatch<Fn> bf16_int8("linear_bf16_int8",
                        {MXMOE_X86({"linear_bf16_int8_avx512bf16", kAvx512Dot, &linear_avx512x.bf16_int8},
                                   {"linear_bf16_int8_avx512", kAvx512, &linear_avx512.bf16_int8},
@@ -41,8 +39,8 @@ const LinearKernel& pick(Activations activations, DType weight) {
   return activations == Activations::bf16 ? *bf16_int8.pick() : *int8_int8.pick();
 }
 
-void check(const Tensor& x, const Tensor& weight, const Tensor& scales, const Tensor& bias,
-           const Tensor& residual, const Tensor& y) {
+void check(const Tensor& x, const Tensor& weight, const Tensor& scales, const Tensor& bias, const Tensor& residual,
+           const Tensor& y) {
   check_dtype("x", x, {DType::f32, DType::bf16});
   check_dtype("weight", weight, {DType::bf16, DType::i8});
   check_shape("x", x, {-1, -1}, "(num_tokens, in_features)");
@@ -82,16 +80,15 @@ int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 
-void linear(const Tensor& x, const Tensor& weight, const Tensor& scales, const Tensor& bias,
-            Activations activations, const Tensor& residual, const Tensor& y) {
+void linear(const Tensor& x, const Tensor& weight, const Tensor& scales, const Tensor& bias, Activations activations,
+            const Tensor& residual, const Tensor& y) {
   check(x, weight, scales, bias, residual, y);
   const int64_t num_tokens = x.shape[0], in_features = x.shape[1], out_features = weight.shape[0];
   if (num_tokens == 0 || out_features == 0) return;
 
   const LinearKernel& kernel = pick(activations, weight.dtype);
   Scratch scratch(prepared_bytes(num_tokens, in_features, kernel.value_bytes, kernel.block_scaled));
-  const PreparedRows rows =
-      take_prepared(scratch, num_tokens, in_features, kernel.value_bytes, kernel.block_scaled);
+  const PreparedRows rows = take_prepared(scratch, num_tokens, in_features, kernel.value_bytes, kernel.block_scaled);
   const auto prepare = [&](int64_t t) {
     if (x.dtype == DType::f32) {
       kernel.prepare.f32(x.as<float>() + t * x.stride[0], in_features, rows, t);
@@ -107,15 +104,13 @@ void linear(const Tensor& x, const Tensor& weight, const Tensor& scales, const T
 
   // 64 weight rows of 2880 values stay in the second-level cache while a block of tokens goes past them.
   constexpr int64_t kRowsPerTile = 64, kTokensPerTile = 128;
-  const int64_t n_tiles = ceil_div(out_features, kRowsPerTile),
-                m_tiles = ceil_div(num_tokens, kTokensPerTile);
+  const int64_t n_tiles = ceil_div(out_features, kRowsPerTile), m_tiles = ceil_div(num_tokens, kTokensPerTile);
   parallel_for(n_tiles * m_tiles, [&](int64_t item) {
     const int64_t n = item / m_tiles * kRowsPerTile, m = item % m_tiles * kTokensPerTile;
     LinearTile tile{};
     tile.x = rows;
     tile.m_begin = m, tile.m_end = std::min(m + kTokensPerTile, num_tokens);
-    tile.weight = {weight.data, scales.data, weight.stride[0] * dtype_size(weight.dtype),
-                   scales.stride[0] * 2};
+    tile.weight = {weight.data, scales.data, weight.stride[0] * dtype_size(weight.dtype), scales.stride[0] * 2};
     tile.n_begin = n, tile.n_end = std::min(n + kRowsPerTile, out_features);
     tile.in_features = in_features;
     if (bias && bias.dtype == DType::f32) tile.bias_f32 = bias.as<float>();

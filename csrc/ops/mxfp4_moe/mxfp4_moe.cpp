@@ -13,10 +13,9 @@ namespace mxmoe {
 namespace {
 
 using Fn = const MoeKernel*;
-Dispatch<Fn> with_f32("mxfp4_moe_f32",
-                      {MXMOE_X86({"mxfp4_moe_f32_mxfp4_avx512", kAvx512, &mxfp4_moe_avx512.f32},
-                                 {"mxfp4_moe_f32_mxfp4_avx2", kAvx2, &mxfp4_moe_avx2.f32}){
-                          "mxfp4_moe_f32_mxfp4_scalar", 0, &mxfp4_moe_scalar.f32}});
+Dispatch<Fn> with_f32("mxfp4_moe_f32", {MXMOE_X86({"mxfp4_moe_f32_mxfp4_avx512", kAvx512, &mxfp4_moe_avx512.f32},
+                                                  {"mxfp4_moe_f32_mxfp4_avx2", kAvx2, &mxfp4_moe_avx2.f32}){
+                                           "mxfp4_moe_f32_mxfp4_scalar", 0, &mxfp4_moe_scalar.f32}});
 Dispatch<Fn> with_bf16("mxfp4_moe_bf16",
                        {MXMOE_X86({"mxfp4_moe_bf16_mxfp4_avx512bf16", kAvx512Dot, &mxfp4_moe_avx512x.bf16},
                                   {"mxfp4_moe_bf16_mxfp4_avx512", kAvx512, &mxfp4_moe_avx512.bf16},
@@ -36,11 +35,10 @@ struct Sizes {
   int64_t num_pairs() const { return num_tokens * experts_per_token; }
 };
 
-void check_matrix(const char* name, const Tensor& blocks, const Tensor& scales, const Tensor& bias,
-                  int64_t experts, int64_t rows, int64_t k, const Tensor& y) {
+void check_matrix(const char* name, const Tensor& blocks, const Tensor& scales, const Tensor& bias, int64_t experts,
+                  int64_t rows, int64_t k, const Tensor& y) {
   const std::string prefix(name);
-  const std::string blocks_name = prefix + "_blocks", scales_name = prefix + "_scales",
-                    bias_name = prefix + "_bias";
+  const std::string blocks_name = prefix + "_blocks", scales_name = prefix + "_scales", bias_name = prefix + "_bias";
   check_dtype(blocks_name.c_str(), blocks, {DType::u8});
   check_dtype(scales_name.c_str(), scales, {DType::u8});
   check_dtype(bias_name.c_str(), bias, {DType::f32, DType::bf16});
@@ -69,18 +67,17 @@ Sizes check(const Tensor& x, const Tensor& ids, const Tensor& topk_weights, cons
   check_contiguous("topk_weights", topk_weights);
   check_shape("gate_up_blocks", w.gate_up_blocks, {-1, -1, -1, kMxBlockBytes},
               "(num_experts, 2 * intermediate_size, hidden_size / 32, 16)");
-  const Sizes s{x.shape[0], ids.shape[1], w.gate_up_blocks.shape[0], x.shape[1],
-                w.gate_up_blocks.shape[1] / 2};
+  const Sizes s{x.shape[0], ids.shape[1], w.gate_up_blocks.shape[0], x.shape[1], w.gate_up_blocks.shape[1] / 2};
   check_value(s.hidden_size >= kMxBlock && s.hidden_size % kMxBlock == 0, "x has hidden_size ", s.hidden_size,
               "; wanted a multiple of ", kMxBlock);
   check_value(s.num_experts >= 1, "gate_up_blocks holds no experts; wanted at least 1");
-  check_value(w.gate_up_blocks.shape[1] % (2 * kMxBlock) == 0 && s.intermediate_size > 0,
-              "gate_up_blocks has ", w.gate_up_blocks.shape[1],
+  check_value(w.gate_up_blocks.shape[1] % (2 * kMxBlock) == 0 && s.intermediate_size > 0, "gate_up_blocks has ",
+              w.gate_up_blocks.shape[1],
               " rows; wanted 2 * intermediate_size with intermediate_size a multiple of 32");
-  check_matrix("gate_up", w.gate_up_blocks, w.gate_up_scales, w.gate_up_bias, s.num_experts,
-               2 * s.intermediate_size, s.hidden_size, y);
-  check_matrix("down", w.down_blocks, w.down_scales, w.down_bias, s.num_experts, s.hidden_size,
-               s.intermediate_size, y);
+  check_matrix("gate_up", w.gate_up_blocks, w.gate_up_scales, w.gate_up_bias, s.num_experts, 2 * s.intermediate_size,
+               s.hidden_size, y);
+  check_matrix("down", w.down_blocks, w.down_scales, w.down_bias, s.num_experts, s.hidden_size, s.intermediate_size,
+               y);
   check_shape("out", y, {s.num_tokens, s.hidden_size}, "(num_tokens, hidden_size)");
   if (residual) {
     check_dtype("residual", residual, {DType::f32});
@@ -93,11 +90,9 @@ Sizes check(const Tensor& x, const Tensor& ids, const Tensor& topk_weights, cons
   check_no_overlap("out", y, "topk_weights", topk_weights);
   check_value(std::isfinite(params.swiglu_alpha), "swiglu_alpha is ", params.swiglu_alpha,
               "; wanted a finite number");
-  check_value(params.swiglu_limit > 0.0f, "swiglu_limit is ", params.swiglu_limit,
-              "; wanted a number above 0");
+  check_value(params.swiglu_limit > 0.0f, "swiglu_limit is ", params.swiglu_limit, "; wanted a number above 0");
   check_value(params.first_expert >= 0, "first_expert is ", params.first_expert, "; wanted 0 or more");
-  check_value(s.num_pairs() <= INT32_MAX, "topk_ids holds ", s.num_pairs(), " pairs; wanted at most ",
-              INT32_MAX);
+  check_value(s.num_pairs() <= INT32_MAX, "topk_ids holds ", s.num_pairs(), " pairs; wanted at most ", INT32_MAX);
   for (int64_t i = 0; i < s.num_pairs(); ++i) {
     check_value(ids.as<int32_t>()[i] >= 0, "topk_ids holds ", ids.as<int32_t>()[i], "; wanted 0 or more");
   }
@@ -153,8 +148,8 @@ void run_combine(const Sizes& s, const int64_t* sorted_of, const float* down, co
       rows[c] = at < 0 ? nullptr : down + at * s.hidden_size;
     }
     kernel({residual ? residual.as<float>() + t * residual.stride[0] : nullptr, rows,
-            topk_weights.as<float>() + t * s.experts_per_token, s.experts_per_token,
-            y.as<float>() + t * y.stride[0], s.hidden_size});
+            topk_weights.as<float>() + t * s.experts_per_token, s.experts_per_token, y.as<float>() + t * y.stride[0],
+            s.hidden_size});
   });
 }
 
@@ -177,9 +172,8 @@ void mxfp4_moe(const Tensor& x, const Tensor& topk_ids, const Tensor& topk_weigh
   const size_t inner = checked_product("expert activations", {pairs, s.intermediate_size});
   Scratch scratch(prepared_bytes(s.num_tokens, s.hidden_size, kernel.value_bytes, kernel.block_scaled) +
                   prepared_bytes(pairs, s.intermediate_size, kernel.value_bytes, kernel.block_scaled) +
-                  Scratch::bytes<float>(inner) + Scratch::bytes<float>(hidden) +
-                  3 * Scratch::bytes<int64_t>(count) + Scratch::bytes<int32_t>(count) +
-                  Scratch::bytes<const float*>(count) +
+                  Scratch::bytes<float>(inner) + Scratch::bytes<float>(hidden) + 3 * Scratch::bytes<int64_t>(count) +
+                  Scratch::bytes<int32_t>(count) + Scratch::bytes<const float*>(count) +
                   Scratch::bytes<int32_t>(static_cast<size_t>(s.num_experts) + 1));
   const PreparedRows x_rows =
       take_prepared(scratch, s.num_tokens, s.hidden_size, kernel.value_bytes, kernel.block_scaled);
@@ -215,8 +209,8 @@ void mxfp4_moe(const Tensor& x, const Tensor& topk_ids, const Tensor& topk_weigh
   parallel_for(held, [&](int64_t i) {
     kernel.prepare.f32(activated + i * s.intermediate_size, s.intermediate_size, a_rows, i);
   });
-  run_grouped({a_rows, identity, offsets, s.num_experts, w.down_blocks, w.down_scales, w.down_bias,
-               s.hidden_size, s.intermediate_size, down, s.hidden_size},
+  run_grouped({a_rows, identity, offsets, s.num_experts, w.down_blocks, w.down_scales, w.down_bias, s.hidden_size,
+               s.intermediate_size, down, s.hidden_size},
               params, kernel.down);
   run_combine(s, sorted_of, down, topk_weights, residual, y, row_scratch);
 }

@@ -47,8 +47,8 @@ void check_finite(const Tensor& values) {
   check_value(bad_row.load() < 0, "x holds a NaN or infinity in row ", bad_row.load(), "; wanted finite numbers");
 }
 
-// The e2m1 code nearest to a magnitude. Its eight values are 0, .5, 1, 1.5, 2, 3, 4, 6; halfway goes to the even code.
-// A count of the borders passed compiles without branches.
+// The e2m1 code nearest to a magnitude. Its eight values are 0, .5, 1, 1.5, 2, 3, 4, 6; halfway goes to the even
+// code. A count of the borders passed compiles without branches.
 int nearest_e2m1(double magnitude) {
   return (magnitude > 0.25) + (magnitude >= 0.75) + (magnitude > 1.25) + (magnitude >= 1.75) + (magnitude > 2.5) +
          (magnitude >= 3.5) + (magnitude > 5.0);
