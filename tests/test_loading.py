@@ -293,7 +293,7 @@ def measure(folder, large, **options):
     """Load and run in a fresh process; what it grew by, in bytes."""
     env = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     command = [sys.executable, "-c", PROGRAM, str(folder), str(large), json.dumps(options)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     before = found["before"]
