@@ -3,8 +3,9 @@
     python bench/accuracy.py [--conversations N] [--n-per-task N] [--modes bf16,bf16,bf16 ...]
 
 For every combination of dense, kv and activations: the mean KL divergence of the next-token distribution to the
-float64 reference's in nats and the share of positions with the same likeliest token, both over worked solutions read
-token by token; and, with --n-per-task, the accuracy of `mxmoe eval`.
+float64 reference's in nats and the share of positions with the same likeliest token, both over the positions at which
+the model writes (the worked solutions; it was not trained to predict prompts); and, with --n-per-task, the accuracy of
+`mxmoe eval`.
 """
 
 from __future__ import annotations
@@ -26,13 +27,16 @@ from mxmoe.tiny.problems import eval_problems
 DENSE, KV, ACTIVATIONS = ("bf16", "int8"), ("float32", "bf16", "int8"), ("float32", "bf16", "int8")
 
 
-def conversations(tokenizer: mxmoe.Tokenizer, count: int) -> list[list[int]]:
-    """Tokens of some held-out problems with their worked solutions, every task in turn."""
+def conversations(tokenizer: mxmoe.Tokenizer, count: int) -> list[tuple[list[int], slice]]:
+    """Tokens of some held-out problems with their worked solutions, every task in turn, and where the model writes."""
     problems = eval_problems(count, seed=1)
     spread = problems[:: max(1, len(problems) // count)][:count]
-    return [
-        mxmoe.harmony.render_conversation([*p.messages(), *p.worked()], tokenizer, next_role=None) for p in spread
-    ]
+    result = []
+    for p in spread:
+        prompt = mxmoe.harmony.render_conversation(p.messages(), tokenizer)
+        whole = mxmoe.harmony.render_conversation([*p.messages(), *p.worked()], tokenizer, next_role=None)
+        result.append((whole, slice(len(prompt) - 1, len(whole) - 1)))
+    return result
 
 
 def log_softmax(logits: NDArray[np.floating]) -> NDArray[np.float64]:
@@ -55,13 +59,13 @@ def main() -> int:
     assert first.tokenizer is not None
     texts = conversations(first.tokenizer, args.conversations)
     checkpoint = mxmoe.Checkpoint.open(first.path)
-    truth = [log_softmax(reference.forward(checkpoint, ids)) for ids in texts]
+    truth = [log_softmax(reference.forward(checkpoint, ids)[written]) for ids, written in texts]
     table = Table("dense", "kv", "activations", "mean KL (nats)", "same top token", "mxmoe eval")
     for dense, kv, activations in modes:
         model = mxmoe.load("tiny", dense=dense, kv=kv, activations=activations)
         divergence, same = [], []
-        for ids, want in zip(texts, truth, strict=True):
-            got = log_softmax(model.forward(ids))
+        for (ids, written), want in zip(texts, truth, strict=True):
+            got = log_softmax(model.forward(ids)[written])
             divergence.append((np.exp(want) * (want - got)).sum(axis=-1))
             same.append(want.argmax(axis=-1) == got.argmax(axis=-1))
         accuracy = f"{evaluate(model, args.n_per_task).total.to_dict()['accuracy']:.1%}" if args.n_per_task else "-"
