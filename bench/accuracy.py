@@ -3,9 +3,8 @@
     python bench/accuracy.py [--conversations N] [--n-per-task N] [--modes bf16,bf16,bf16 ...]
 
 For every combination of dense, kv and activations: the mean KL divergence of the next-token distribution to the
-float64 reference's in nats and the share of positions with the same likeliest token, both over the positions at which
-the model writes (the worked solutions; it was not trained to predict prompts); and, with --n-per-task, the accuracy of
-`mxmoe eval`.
+float64 reference's in nats and the share of positions with the same likeliest token, both where the model writes (in
+the worked solutions; it was not trained to predict prompts); and, with --n-per-task, the accuracy of `mxmoe eval`.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ DENSE, KV, ACTIVATIONS = ("bf16", "int8"), ("float32", "bf16", "int8"), ("float3
 
 
 def conversations(tokenizer: mxmoe.Tokenizer, count: int) -> list[tuple[list[int], slice]]:
-    """Tokens of some held-out problems with their worked solutions, every task in turn, and where the model writes."""
+    """Tokens of some held-out problems with their solutions, every task in turn, and where the model writes."""
     problems = eval_problems(count, seed=1)
     spread = problems[:: max(1, len(problems) // count)][:count]
     result = []
