@@ -93,14 +93,15 @@ def test_any_in_features(isa, in_features, x_dtype, weight_dtype, activations):
 @all_formats
 def test_any_number_of_tokens(isa, num_tokens, weight_dtype, activations):
     case = Case(num_tokens, 96, 7, weight_dtype, bias="bfloat16")
-    got = guarded(ops.linear, *case.args, scales=case.scales, activations=activations, shape=(num_tokens, 7))
-    case.check(got, activations)
+    residual = normal(np.random.default_rng(1), (num_tokens, 7))
+    options = {"scales": case.scales, "activations": activations, "residual": residual}
+    case.check(guarded(ops.linear, *case.args, **options, shape=(num_tokens, 7)), activations, residual)
 
 
 @pytest.mark.parametrize("out_features", [0, 1, 2, 3, 4, 5, 8, 63, 64, 65, 130])
 @all_formats
 def test_any_out_features(isa, out_features, weight_dtype, activations):
-    case = Case(5, 64, out_features, weight_dtype)
+    case = Case(5, 64, out_features, weight_dtype, bias="float32")
     got = guarded(ops.linear, *case.args, scales=case.scales, activations=activations, shape=(5, out_features))
     case.check(got, activations)
 

@@ -8,9 +8,7 @@
 //           experts_per_token + choice; expert e owns order[expert_offsets[e] : expert_offsets[e + 1]].
 // Dtypes:   logits and weights float32; ids, offsets and order int32. float32 throughout.
 // Layout:   contiguous; router_logits may have a row stride.
-// Requires: 1 <= experts_per_token <= num_experts <= 65536; ids within [first_expert, first_expert +
-// num_experts)
-//           are sorted, others (held elsewhere) are left out and the order's tail is -1.
+// Requires: 1 <= experts_per_token <= num_experts <= 65536; expert_offsets: 0 <= topk_ids < num_experts.
 // Calls:    no overlap; tokens are spread over threads; no scratch.
 // Source:   model card section 2.2; gpt_oss/torch/model.py, MLPBlock.
 #pragma once
@@ -22,7 +20,8 @@ namespace mxmoe {
 void expert_routing(const Tensor& router_logits, const Tensor& topk_ids, const Tensor& topk_weights);
 void expert_offsets(const Tensor& topk_ids, int64_t num_experts, const Tensor& offsets, const Tensor& order);
 
-// The same on raw memory, for ops that route inside.
+// The same on raw memory, for ops that route inside and may hold only a range of experts: pairs of other experts are
+// left out, and the order's tail is -1.
 void sort_by_expert(const int32_t* ids, int64_t num_pairs, int64_t first_expert, int64_t num_experts,
                     int32_t* offsets, int32_t* order);
 

@@ -7,8 +7,9 @@
 // in_features;
 //           bias bfloat16 or float32; residual, y float32. Rounding happens once to x, as `activations` says:
 //           float32 none, bf16 to bfloat16, int8 to 127 steps of each block's largest magnitude (int8 with
-//           bf16 weights rounds to bfloat16: there is no integer dot to win). Weights enter exactly; sums are
-//           float32, a block's integer products exact.
+//           bf16 weights rounds to bfloat16: there is no integer dot to win). Weights enter exactly (but for
+//           subnormal bfloat16, which AVX-512's bf16 dot products count as zero); sums are float32, a block's
+//           integer products exact.
 // Layout:   rows contiguous; x, weight, scales, residual and y may have a row stride.
 // Requires: in_features >= 1; a multiple of 32 when weight is int8.
 // Calls:    y may be residual itself; no other overlap; tiles of (tokens x out_features) are spread over
