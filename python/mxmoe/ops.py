@@ -10,6 +10,8 @@ message names the argument, what came and what was wanted. Nothing is written be
 
 Results do not depend on the number of threads, on the other rows of a batch or on how a prompt was split; they may
 differ in the last bits between instruction sets.
+
+This file is long because every op's contract stands in its docstring.
 """
 
 from __future__ import annotations
