@@ -2,6 +2,8 @@
 
 The forward pass uses the exact values that the exported checkpoint holds, so exporting loses nothing.  Tokens of
 all conversations lie one after another; only attention looks at them conversation by conversation.
+
+The file holds the forward and the hand-written backward passes side by side, and is long for that.
 """
 
 from __future__ import annotations

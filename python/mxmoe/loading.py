@@ -160,6 +160,7 @@ def load(
     device : {"cpu"}
     dense : {"bf16", "int8"}
         Attention projections and lm_head as stored, or rounded to int8 with a scale per block of 32 while loading.
+        A projection whose input is no multiple of 32 stays bf16; `Model.components` and ``mxmoe info`` tell.
     kv : {"bf16", "float32", "int8"}
         Dtype of the KV cache.
     activations : {"bf16", "float32", "int8"}

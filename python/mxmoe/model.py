@@ -98,7 +98,7 @@ class Transformer:
         small = sum(layer.self_attn.sinks.nbytes for layer in layers)
         held = {
             "embedding": ("bf16", self.embed_tokens.weight.nbytes),
-            "attention": (attention[0].dtype, sum(p.nbytes for p in attention)),
+            "attention": ("+".join(sorted({p.dtype for p in attention})), sum(p.nbytes for p in attention)),
             "router": ("bf16", sum(layer.mlp.router.nbytes for layer in layers)),
             "experts": ("mxfp4", sum(e.packed_nbytes for e in experts)),
             "expert biases": ("bf16", sum(e.gate_up_bias.nbytes + e.down_bias.nbytes for e in experts)),

@@ -6,6 +6,8 @@ speed or rounding of the kernels (`activations`, `dtype`) are accepted and chang
 
 Sources: the gpt-oss model card (arXiv 2508.10925); YaRN (arXiv 2309.00071); the OCP Microscaling Formats (MX)
 specification v1.0, sections 5 and 6.3.
+
+The file is long because every op states its contract, as in `mxmoe.ops`, whose signatures it mirrors.
 """
 
 from __future__ import annotations
