@@ -21,6 +21,7 @@ import mxmoe
 import small_tokenizer
 from compare import MODEL_NOISE, assert_exact, assert_model_close
 from mxmoe.checkpoint import Checkpoint, CheckpointError
+from mxmoe.packing import prefers_packed
 from mxmoe.tokenizer import TokenizerError
 from small_models import CONFIG, MODES, random_ids, write
 
@@ -61,7 +62,7 @@ def test_weights_are_those_of_the_file(folder):
 
 
 def test_weights_are_views_of_the_mapped_file(folder):
-    model = mxmoe.load(folder)
+    model = mxmoe.load(folder, activations="float32")
     layer = model.layers[1]
     for array in (layer.mlp.experts.down_blocks, layer.self_attn.q_proj.weight, model.embed_tokens.weight):
         assert not array.flags.writeable
@@ -325,16 +326,25 @@ def test_loading_takes_little_more_than_the_model(folder, large, layout, dense):
 @LINUX
 @pytest.mark.parametrize("layout", ["huggingface", "original"])
 def test_mapped_weights_are_not_copied(folder, large, layout):
-    loaded, run, held = measure(folder, large(layout), dense="bf16")
+    loaded, run, held = measure(folder, large(layout), dense="bf16", activations="float32")
     for moment in (loaded, run):
         assert moment["RssAnon"] < 0.05 * held
     assert run["RssFile"] > 0.8 * held
 
 
 @LINUX
+@pytest.mark.skipif(not prefers_packed("bf16"), reason="no kernel here wants packed weights")
+@pytest.mark.parametrize("layout", checkpoints.LAYOUTS)
+def test_packed_weights_are_held_once(folder, large, layout):
+    _, run, held = measure(folder, large(layout), dense="bf16", activations="bf16")
+    assert 0.8 * held < run["RssAnon"] < 1.1 * held
+    assert run["RssFile"] < 0.15 * held
+
+
+@LINUX
 def test_int8_releases_what_it_has_rounded(folder, large):
-    _, plain, _ = measure(folder, large("huggingface"), dense="bf16")
-    _, rounded, _ = measure(folder, large("huggingface"), dense="int8")
+    _, plain, _ = measure(folder, large("huggingface"), dense="bf16", activations="float32")
+    _, rounded, _ = measure(folder, large("huggingface"), dense="int8", activations="float32")
     dense = 3 * 2 * 768 * (2 * 12 + 2 * 4) * 64 + 2 * 4096 * 768
     # The file's pages of the dense weights are gone, and half their size has come instead.
     assert plain["RssFile"] - rounded["RssFile"] > 0.9 * dense

@@ -13,5 +13,6 @@ void bind_mxfp4_moe(pybind11::module_& m);
 void bind_sink_attention(pybind11::module_& m);
 void bind_embedding(pybind11::module_& m);
 void bind_quantize(pybind11::module_& m);
+void bind_pack(pybind11::module_& m);
 
 }  // namespace mxmoe

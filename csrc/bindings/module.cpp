@@ -65,4 +65,5 @@ PYBIND11_MODULE(_core, m) {
   mxmoe::bind_sink_attention(m);
   mxmoe::bind_embedding(m);
   mxmoe::bind_quantize(m);
+  mxmoe::bind_pack(m);
 }

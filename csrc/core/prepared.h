@@ -6,20 +6,18 @@
 
 namespace mxmoe {
 
-inline size_t prepared_bytes(int64_t rows, int64_t k, int value_bytes, bool block_scaled) {
+inline size_t prepared_bytes(int64_t rows, int64_t k, int value_bytes, int block_floats) {
   size_t bytes = Scratch::bytes<char>(checked_product("activations", {rows, padded_k(k), value_bytes}));
-  if (block_scaled) bytes += Scratch::bytes<float>(checked_product("activation scales", {rows, k / kMxBlock}));
+  bytes += Scratch::bytes<float>(checked_product("activation scales", {rows, k / kMxBlock, block_floats}));
   return bytes;
 }
 
-inline PreparedRows take_prepared(Scratch& scratch, int64_t rows, int64_t k, int value_bytes, bool block_scaled) {
+inline PreparedRows take_prepared(Scratch& scratch, int64_t rows, int64_t k, int value_bytes, int block_floats) {
   PreparedRows p{};
   p.value_stride = padded_k(k) * value_bytes;
   p.values = scratch.take<char>(static_cast<size_t>(rows * p.value_stride));
-  if (block_scaled) {
-    p.block_stride = k / kMxBlock;
-    p.scales = scratch.take<float>(static_cast<size_t>(rows * p.block_stride));
-  }
+  p.block_stride = k / kMxBlock * block_floats;
+  p.scales = scratch.take<float>(static_cast<size_t>(rows * p.block_stride));
   return p;
 }
 

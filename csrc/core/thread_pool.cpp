@@ -166,6 +166,12 @@ void set_num_threads(int n) {
   requested_threads = n;
 }
 
+int64_t tile_rows(int64_t rows) {
+  constexpr int64_t kStep = 32, kMost = 320;
+  const int64_t even = rows / (32 * current_num_threads()) / kStep * kStep;
+  return std::min(std::max(even, kStep), kMost);
+}
+
 void parallel_for(int64_t count, const std::function<void(int64_t)>& body) {
   const int threads = count > 1 ? current_num_threads() : 1;
   if (threads == 1) {

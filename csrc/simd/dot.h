@@ -2,6 +2,7 @@
 // stored.
 #pragma once
 
+#include "core/packed.h"
 #include "core/types.h"
 
 namespace mxmoe {
@@ -11,21 +12,23 @@ constexpr int64_t kPadK = 64;
 inline int64_t padded_k(int64_t k) { return (k + kPadK - 1) / kPadK * kPadK; }
 
 // Activation rows after rounding. float32: values only. bf16: values are bf16 where the kernel has bf16 dot
-// products, else float32 holding bf16 values. int8: codes and one float32 scale per block of 32.
+// products, else float32 holding bf16 values. int8: codes and, per block of 32, a float32 scale and whatever else the
+// kernel wants beside it.
 struct PreparedRows {
   void* values;
   float* scales;
   int64_t value_stride;  // bytes from row to row
-  int64_t block_stride;  // blocks from row to row, of scales
+  int64_t block_stride;  // floats from row to row, of scales
 };
 
-// Weight rows (num_rows, k) as stored, k innermost. bf16: values. int8: values and bf16 scales per block
-// of 32. MXFP4: 16-byte blocks and e8m0 scales.
+// Weight rows (num_rows, k), as stored with k innermost or packed. bf16: values. int8: values and bf16 scales per
+// block of 32. MXFP4: 16-byte blocks and e8m0 scales.
 struct WeightRows {
   const void* values;
   const void* scales;
-  int64_t value_stride;  // bytes from row to row
-  int64_t scale_stride;  // bytes from row to row
+  int64_t value_stride;  // bytes from row to row; packed: from panel to panel
+  int64_t scale_stride;
+  bool packed;  // by panels of sixteen rows, see core/packed.h
 };
 
 // How one row is prepared, from either dtype of x.

@@ -11,6 +11,33 @@ inline const T* row_at(const void* base, int64_t row, int64_t stride_bytes) {
   return reinterpret_cast<const T*>(static_cast<const char*>(base) + row * stride_bytes);
 }
 
+// Where a step of a weight row lies. Packed rows are put together in `own`: any kernel takes either layout, only
+// those made for panels take the packed one at full speed.
+inline const void* packed_block(const WeightRows& w, int64_t row, int64_t block, int64_t block_bytes) {
+  return static_cast<const char*>(w.values) + row / kPanelRows * w.value_stride + block * block_bytes;
+}
+inline const uint8_t* mxfp4_codes(const WeightRows& w, int64_t row, int64_t block, uint8_t (&own)[kMxBlockBytes]) {
+  if (!w.packed) return row_at<uint8_t>(w.values, row, w.value_stride) + block * kMxBlockBytes;
+  unpack_row(packed_block(w, row, block, kPackedMxfp4Bytes), row % kPanelRows, kMxBlockBytes / 4, unpack_codes, own);
+  return own;
+}
+inline const int8_t* int8_codes(const WeightRows& w, int64_t row, int64_t block, int8_t (&own)[kMxBlock]) {
+  if (!w.packed) return row_at<int8_t>(w.values, row, w.value_stride) + block * kMxBlock;
+  unpack_row(packed_block(w, row, block, kPackedInt8Bytes), row % kPanelRows, kMxBlock / 4, flip_signs, own);
+  return own;
+}
+template <typename T>
+inline T block_scale(const WeightRows& w, int64_t row, int64_t block) {
+  if (!w.packed) return row_at<T>(w.scales, row, w.scale_stride)[block];
+  return row_at<T>(w.scales, row / kPanelRows, w.scale_stride)[block * kPanelRows + row % kPanelRows];
+}
+inline float mxfp4_scale(const WeightRows& w, int64_t row, int64_t block) {
+  return 0.5f * e8m0_to_float(block_scale<uint8_t>(w, row, block));
+}
+inline float int8_scale(const WeightRows& w, int64_t row, int64_t block) {
+  return to_float(block_scale<bf16>(w, row, block));
+}
+
 // float32 (or bf16 held in float32) x bf16: one vector a step.
 struct DotF32Bf16 {
   static constexpr int kStep = kLanes;
@@ -19,7 +46,14 @@ struct DotF32Bf16 {
   using W = f32v;
   using A = f32v;
   static W weight(const WeightRows& w, int64_t row, int64_t step) {
-    return load(row_at<bf16>(w.values, row, w.value_stride) + step * kStep);
+    if (!w.packed) return load(row_at<bf16>(w.values, row, w.value_stride) + step * kStep);
+    const bf16* panel = row_at<bf16>(w.values, row / kPanelRows, w.value_stride);
+    bf16 own[kStep];
+    for (int i = 0; i < kStep; ++i) {
+      const int64_t k = step * kStep + i;
+      own[i] = panel[(k / 2 * kPanelRows + row % kPanelRows) * 2 + k % 2];
+    }
+    return load(own);
   }
   static W weight_tail(const WeightRows& w, int64_t row, int64_t step, int n) {
     return load_n(row_at<bf16>(w.values, row, w.value_stride) + step * kStep, n);
@@ -60,10 +94,11 @@ struct DotF32I8 {
   using W = WeightBlockF32;
   using A = ActBlockF32;
   static W weight(const WeightRows& w, int64_t row, int64_t block) {
-    const auto* p = row_at<int8_t>(w.values, row, w.value_stride) + block * kMxBlock;
+    int8_t own[kMxBlock];
+    const int8_t* p = int8_codes(w, row, block, own);
     W r;
     for (int i = 0; i < kMxBlock / kLanes; ++i) r.x[i] = load(p + i * kLanes);
-    r.scale = set1(to_float(row_at<bf16>(w.scales, row, w.scale_stride)[block]));
+    r.scale = set1(int8_scale(w, row, block));
     return r;
   }
   static A activation(const PreparedRows& a, int64_t row, int64_t block) { return A::load_from(a, row, block); }
@@ -78,10 +113,10 @@ struct DotF32Mxfp4 {
   using W = WeightBlockF32;
   using A = ActBlockF32;
   static W weight(const WeightRows& w, int64_t row, int64_t block) {
-    const auto* p = row_at<uint8_t>(w.values, row, w.value_stride) + block * kMxBlockBytes;
+    uint8_t own[kMxBlockBytes];
     W r;
-    decode_e2m1(p, r.x);
-    r.scale = set1(0.5f * e8m0_to_float(row_at<uint8_t>(w.scales, row, w.scale_stride)[block]));
+    decode_e2m1(mxfp4_codes(w, row, block, own), r.x);
+    r.scale = set1(mxfp4_scale(w, row, block));
     return r;
   }
   static A activation(const PreparedRows& a, int64_t row, int64_t block) { return A::load_from(a, row, block); }
@@ -111,8 +146,8 @@ struct DotI8I8 {
   using W = ScaledW8;
   using A = ScaledA8;
   static W weight(const WeightRows& w, int64_t row, int64_t block) {
-    return {load_w8(row_at<int8_t>(w.values, row, w.value_stride) + block * kMxBlock),
-            to_float(row_at<bf16>(w.scales, row, w.scale_stride)[block])};
+    int8_t own[kMxBlock];
+    return {load_w8(int8_codes(w, row, block, own)), int8_scale(w, row, block)};
   }
   static A activation(const PreparedRows& a, int64_t row, int64_t block) {
     return load_scaled_a8<128>(a, row, block);
@@ -127,87 +162,9 @@ struct DotI8Mxfp4 {
   using W = ScaledW8;
   using A = ScaledA8;
   static W weight(const WeightRows& w, int64_t row, int64_t block) {
-    return {decode_w8(row_at<uint8_t>(w.values, row, w.value_stride) + block * kMxBlockBytes),
-            0.5f * e8m0_to_float(row_at<uint8_t>(w.scales, row, w.scale_stride)[block])};
+    uint8_t own[kMxBlockBytes];
+    return {decode_w8(mxfp4_codes(w, row, block, own)), mxfp4_scale(w, row, block)};
   }
   static A activation(const PreparedRows& a, int64_t row, int64_t block) { return load_scaled_a8<12>(a, row, block); }
   static void mac(Acc& acc, const A& a, const W& w) { mac8(acc, a.x, w.x, a.scale * w.scale); }
 };
-
-#if defined(MXMOE_SIMD_DOT)
-// bf16 dot products: vdpbf16ps adds the products of value pairs to float32 lanes; subnormal inputs count as
-// zero.
-struct DotBf16Bf16 {
-  static constexpr int kStep = 32;
-  static constexpr bool kBlockScaled = false;
-  using Acc = f32v;
-  using W = __m512bh;
-  using A = __m512bh;
-  static W weight(const WeightRows& w, int64_t row, int64_t step) {
-    return (__m512bh)_mm512_loadu_si512(row_at<bf16>(w.values, row, w.value_stride) + step * kStep);
-  }
-  static W weight_tail(const WeightRows& w, int64_t row, int64_t step, int n) {
-    const auto first_n = static_cast<__mmask32>((uint32_t{1} << n) - 1u);
-    return (__m512bh)_mm512_maskz_loadu_epi16(first_n, row_at<bf16>(w.values, row, w.value_stride) + step * kStep);
-  }
-  static A activation(const PreparedRows& a, int64_t row, int64_t step) {
-    return (__m512bh)_mm512_loadu_si512(row_at<bf16>(a.values, row, a.value_stride) + step * kStep);
-  }
-  static void mac(Acc& acc, const A& a, const W& w) { acc.v = _mm512_dpbf16_ps(acc.v, a, w); }
-};
-
-struct WeightBlockBf16 {
-  __m512bh x;
-  f32v scale;
-};
-
-inline void mac_scaled_bf16(f32v& acc, __m512bh a, const WeightBlockBf16& w) {
-  const f32v sum = {_mm512_dpbf16_ps(_mm512_setzero_ps(), a, w.x)};
-  acc = fma(sum, w.scale, acc);
-}
-
-struct DotBf16I8 {
-  static constexpr int kStep = kMxBlock;
-  static constexpr bool kBlockScaled = true;
-  using Acc = f32v;
-  using W = WeightBlockBf16;
-  using A = __m512bh;
-  static W weight(const WeightRows& w, int64_t row, int64_t block) {
-    const auto* p = row_at<int8_t>(w.values, row, w.value_stride) + block * kMxBlock;
-    return {_mm512_cvtne2ps_pbh(load(p + 16).v, load(p).v),
-            set1(to_float(row_at<bf16>(w.scales, row, w.scale_stride)[block]))};
-  }
-  static A activation(const PreparedRows& a, int64_t row, int64_t block) {
-    return DotBf16Bf16::activation(a, row, block);
-  }
-  static void mac(Acc& acc, const A& a, const W& w) { mac_scaled_bf16(acc, a, w); }
-};
-
-struct DotBf16Mxfp4 {
-  static constexpr int kStep = kMxBlock;
-  static constexpr bool kBlockScaled = true;
-  using Acc = f32v;
-  using W = WeightBlockBf16;
-  using A = __m512bh;
-  static W weight(const WeightRows& w, int64_t row, int64_t block) {
-    // The doubled values as bf16 bit patterns; the permute looks at the low five bits, so the table stands
-    // twice.
-    const __m512i table = _mm512_broadcast_i64x4(
-        _mm256_setr_epi16(0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40c0, 0x4100, 0x4140, static_cast<short>(0x8000),
-                          static_cast<short>(0xbf80), static_cast<short>(0xc000), static_cast<short>(0xc040),
-                          static_cast<short>(0xc080), static_cast<short>(0xc0c0), static_cast<short>(0xc100),
-                          static_cast<short>(0xc140)));
-    const auto* p = row_at<uint8_t>(w.values, row, w.value_stride) + block * kMxBlockBytes;
-    // Each byte to a 32-bit lane, its high nibble to the lane's upper half.
-    const __m512i x = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-    const __m512i codes =
-        _mm512_and_si512(_mm512_or_si512(x, _mm512_slli_epi32(x, 12)), _mm512_set1_epi32(0x000f000f));
-    return {(__m512bh)_mm512_permutexvar_epi16(codes, table),
-            set1(0.5f * e8m0_to_float(row_at<uint8_t>(w.scales, row, w.scale_stride)[block]))};
-  }
-  static A activation(const PreparedRows& a, int64_t row, int64_t block) {
-    return DotBf16Bf16::activation(a, row, block);
-  }
-  static void mac(Acc& acc, const A& a, const W& w) { mac_scaled_bf16(acc, a, w); }
-};
-#endif  // MXMOE_SIMD_DOT

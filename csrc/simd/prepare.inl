@@ -32,29 +32,32 @@ inline void prepare_bf16(const X* x, int64_t k, const PreparedRows& to, int64_t 
 #endif
 }
 
-// Per block of 32: scale = amax / 127, codes = round(x / scale). A NaN or infinity makes its block's scale
-// NaN.
+// Rounds a block of 32 to codes = round(x / scale), scale = amax / 127, and returns the scale. A NaN or infinity
+// makes it NaN.
+template <typename X>
+inline float quantize_block_i8(const X* x, int8_t* codes) {
+  f32v largest = zero(), poison = zero();
+  for (int i = 0; i < kMxBlock; i += kLanes) {
+    const f32v v = load(x + i);
+    largest = max(largest, abs(v));
+    poison = fma(v, zero(), poison);
+  }
+  const float amax = reduce_max(largest), not_finite = reduce_add(poison);
+  const bool usable = amax > 0.0f && not_finite == 0.0f;
+  // A subnormal amax has no finite reciprocal: its block rounds to zero, within one subnormal of the truth.
+  const float inverse = usable && amax > 1e-36f ? 127.0f / amax : 0.0f;
+  for (int i = 0; i < kMxBlock; i += kLanes) {
+    const f32v v = usable ? load(x + i) : zero();
+    store_i8(codes + i, round(mul(v, set1(inverse))));
+  }
+  return amax / 127.0f + not_finite;
+}
+
 template <typename X>
 inline void prepare_i8(const X* x, int64_t k, const PreparedRows& to, int64_t row) {
   int8_t* codes = static_cast<int8_t*>(to.values) + row * to.value_stride;
   float* scales = to.scales + row * to.block_stride;
-  const int64_t blocks = k / kMxBlock;
-  for (int64_t b = 0; b < blocks; ++b) {
-    f32v largest = zero(), poison = zero();
-    for (int i = 0; i < kMxBlock; i += kLanes) {
-      const f32v v = load(x + b * kMxBlock + i);
-      largest = max(largest, abs(v));
-      poison = fma(v, zero(), poison);
-    }
-    const float amax = reduce_max(largest), not_finite = reduce_add(poison);
-    scales[b] = amax / 127.0f + not_finite;
-    const bool usable = amax > 0.0f && not_finite == 0.0f;
-    // A subnormal amax has no finite reciprocal: its block rounds to zero, within one subnormal of the truth.
-    const float inverse = usable && amax > 1e-36f ? 127.0f / amax : 0.0f;
-    int8_t* to_codes = codes + b * kMxBlock;
-    for (int i = 0; i < kMxBlock; i += kLanes) {
-      const f32v v = usable ? load(x + b * kMxBlock + i) : zero();
-      store_i8(to_codes + i, round(mul(v, set1(inverse))));
-    }
+  for (int64_t b = 0; b < k / kMxBlock; ++b) {
+    scales[b] = quantize_block_i8(x + b * kMxBlock, codes + b * kMxBlock);
   }
 }

@@ -248,10 +248,8 @@ class Checkpoint:
         """Return one stored weight after looking for values that no model has."""
         tensor = self._names[name].format(layer)
         if tensor not in self._checked and not name.endswith("_blocks"):
-            self._shards.refuse_bad_values(tensor)
+            self._shards.refuse_bad_values(tensor, keep=name not in _READ_IN_PART)
             self._checked.add(tensor)
-            if name in _READ_IN_PART:
-                self._shards.release(tensor)
         return self._shards.array(tensor)
 
     @property

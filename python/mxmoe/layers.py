@@ -12,8 +12,16 @@ from typing import Any, Protocol
 import numpy as np
 
 from mxmoe.kv_cache import KVCache, Pages
+from mxmoe.packing import (
+    can_pack,
+    pack_linear,
+    pack_mxfp4,
+    pack_mxfp4_in_place,
+    unpack_linear,
+    unpack_mxfp4,
+)
 
-__all__ = ["Attention", "DecoderLayer", "Embedding", "Experts", "Linear", "MoE", "RMSNorm", "Step"]
+__all__ = ["Attention", "DecoderLayer", "Embedding", "ExpertMatrix", "Experts", "Linear", "MoE", "RMSNorm", "Step"]
 
 Array = Any  # an array of the ops' kind
 Ops = Any  # a module with the functions of mxmoe.ops
@@ -78,30 +86,83 @@ class RMSNorm:
         return self.ops.rmsnorm(x, self.weight, self.eps)
 
 
-@dataclass
 class Linear:
-    """A dense layer. `weight` (out, in) bfloat16, or int8 with `scales` (out, in / 32) bfloat16; `bias` (out,)."""
+    """A dense layer.
 
-    ops: Ops
-    weight: Array
-    bias: Array | None
-    scales: Array | None
-    activations: str
+    Parameters
+    ----------
+    weight : (out, in) bfloat16 or int8
+    bias : (out,) bfloat16 or float32, or None
+    scales : (out, in / 32) bfloat16, or None
+        With int8 weights.
+    activations : str
+    packed : bool
+        Hold weight and scales by panels, the way the kernels read them fastest.
+    """
+
+    def __init__(
+        self,
+        ops: Ops,
+        weight: Array,
+        bias: Array | None,
+        scales: Array | None,
+        activations: str,
+        packed: bool = False,
+    ) -> None:
+        self.ops, self.bias, self.activations = ops, bias, activations
+        self.packed = packed and can_pack(*weight.shape)
+        self._held: tuple[Array, Array | None] = (weight, scales)
+        if self.packed:
+            self._held = pack_linear(weight, scales)
 
     def __call__(self, x: Array, residual: Array | None = None) -> Array:
         """(T, in) -> (T, out), on top of `residual` (T, out)."""
-        kwargs = {"scales": self.scales, "activations": self.activations, "residual": residual}
-        return self.ops.linear(x, self.weight, self.bias, **kwargs)
+        weight, scales = self._held
+        kwargs = {"scales": scales, "activations": self.activations, "residual": residual}
+        return self.ops.linear(x, weight, self.bias, **kwargs)
+
+    def _stored(self) -> tuple[Array, Array | None]:
+        if not self.packed:
+            return self._held
+        weight, scales = unpack_linear(*self._held)
+        for copy in (weight, scales):
+            if copy is not None:
+                copy.flags.writeable = False  # a change in place would be lost
+        return weight, scales
+
+    def replace(self, weight: Array, scales: Array | None = None) -> None:
+        """Hold another weight, and the scales that go with it when it is int8."""
+        fits = self.packed and np.ndim(weight) == 2 and can_pack(*weight.shape)
+        self._held = pack_linear(weight, scales) if fits else (weight, scales)
+        self.packed = fits
+
+    @property
+    def weight(self) -> Array:
+        """(out, in) bfloat16 or int8; a read-only copy when held packed. Assign to replace it."""
+        return self._stored()[0]
+
+    @weight.setter
+    def weight(self, weight: Array) -> None:
+        self.replace(weight, self._stored()[1])
+
+    @property
+    def scales(self) -> Array | None:
+        """(out, in / 32) bfloat16 with int8 weights, else None. Assign to replace them."""
+        return self._stored()[1]
+
+    @scales.setter
+    def scales(self, scales: Array | None) -> None:
+        self.replace(self._stored()[0], scales)
 
     @property
     def dtype(self) -> str:
         """What the weight is held in."""
-        return "bf16" if self.scales is None else "int8"
+        return "bf16" if self._held[1] is None else "int8"
 
     @property
     def nbytes(self) -> int:
         """Bytes of weight, scales and bias."""
-        return sum(a.nbytes for a in (self.weight, self.scales, self.bias) if a is not None)
+        return sum(a.nbytes for a in (*self._held, self.bias) if a is not None)
 
 
 @dataclass
@@ -158,26 +219,109 @@ class Attention:
         return self.o_proj(y.reshape(len(x), -1), residual)
 
 
-@dataclass
-class Experts:
-    """The experts' weights in MXFP4, shapes as in `mxmoe.ops.mxfp4_moe`."""
+class ExpertMatrix:
+    """One of the experts' two matrices in MXFP4, as stored or packed.
 
-    ops: Ops
-    gate_up_blocks: Array
-    gate_up_scales: Array
-    gate_up_bias: Array
-    down_blocks: Array
-    down_scales: Array
-    down_bias: Array
-    activations: str
-    swiglu_alpha: float
-    swiglu_limit: float
+    Parameters
+    ----------
+    blocks, scales : (E, N, K / 32, 16) uint8, (E, N, K / 32) uint8
+    packed : bool
+    owned : bool
+        The arrays are nobody else's: pack them where they are.
+    """
+
+    def __init__(self, blocks: Array, scales: Array, packed: bool, owned: bool = False) -> None:
+        self.packed = packed
+        self.held: tuple[Array, Array] = (blocks, scales)
+        if packed:
+            self.held = (pack_mxfp4_in_place if owned else pack_mxfp4)(blocks, scales)
+
+    def stored(self) -> tuple[Array, Array]:
+        """Blocks and scales as a checkpoint has them; read-only copies when held packed."""
+        if not self.packed:
+            return self.held
+        copies = unpack_mxfp4(*self.held)
+        for copy in copies:
+            copy.flags.writeable = False  # a change in place would be lost
+        return copies
+
+    def replace(self, blocks: Array | None = None, scales: Array | None = None) -> None:
+        """Hold other blocks or scales."""
+        stored = self.stored()
+        blocks = stored[0] if blocks is None else blocks
+        scales = stored[1] if scales is None else scales
+        self.held = pack_mxfp4(blocks, scales) if self.packed else (blocks, scales)
+
+
+class Experts:
+    """The experts' weights in MXFP4, shapes as in `mxmoe.ops.mxfp4_moe`.
+
+    The arrays named there can be looked at and assigned anew under their names; with `packed` they are held by
+    panels, the way the kernels read them fastest, and what is looked at is a read-only copy.
+    """
+
+    def __init__(
+        self,
+        ops: Ops,
+        gate_up_blocks: Array,
+        gate_up_scales: Array,
+        gate_up_bias: Array,
+        down_blocks: Array,
+        down_scales: Array,
+        down_bias: Array,
+        activations: str,
+        swiglu_alpha: float,
+        swiglu_limit: float,
+        packed: bool = False,
+        owned: bool = False,
+    ) -> None:
+        self.ops, self.activations = ops, activations
+        self.swiglu_alpha, self.swiglu_limit = swiglu_alpha, swiglu_limit
+        self.gate_up = ExpertMatrix(gate_up_blocks, gate_up_scales, packed, owned)
+        self.gate_up_bias = gate_up_bias
+        self.down = ExpertMatrix(down_blocks, down_scales, packed, owned)
+        self.down_bias = down_bias
+
+    @property
+    def gate_up_blocks(self) -> Array:
+        """(E, 2 I, H / 32, 16) uint8."""
+        return self.gate_up.stored()[0]
+
+    @gate_up_blocks.setter
+    def gate_up_blocks(self, blocks: Array) -> None:
+        self.gate_up.replace(blocks=blocks)
+
+    @property
+    def gate_up_scales(self) -> Array:
+        """(E, 2 I, H / 32) uint8."""
+        return self.gate_up.stored()[1]
+
+    @gate_up_scales.setter
+    def gate_up_scales(self, scales: Array) -> None:
+        self.gate_up.replace(scales=scales)
+
+    @property
+    def down_blocks(self) -> Array:
+        """(E, H, I / 32, 16) uint8."""
+        return self.down.stored()[0]
+
+    @down_blocks.setter
+    def down_blocks(self, blocks: Array) -> None:
+        self.down.replace(blocks=blocks)
+
+    @property
+    def down_scales(self) -> Array:
+        """(E, H, I / 32) uint8."""
+        return self.down.stored()[1]
+
+    @down_scales.setter
+    def down_scales(self, scales: Array) -> None:
+        self.down.replace(scales=scales)
 
     @property
     def packed_nbytes(self) -> int:
         """Bytes of blocks and scales."""
-        packed = (self.gate_up_blocks, self.gate_up_scales, self.down_blocks, self.down_scales)
-        return sum(a.nbytes for a in packed)
+        return sum(a.nbytes for a in (*self.gate_up.held, *self.down.held))
 
     def __call__(self, x: Array, topk_ids: Array, topk_weights: Array, residual: Array) -> Array:
         """(T, H), (T, k), (T, k) -> (T, H), on top of `residual`."""
@@ -185,11 +329,9 @@ class Experts:
             x,
             topk_ids,
             topk_weights,
-            self.gate_up_blocks,
-            self.gate_up_scales,
+            *self.gate_up.held,
             self.gate_up_bias,
-            self.down_blocks,
-            self.down_scales,
+            *self.down.held,
             self.down_bias,
             activations=self.activations,
             swiglu_alpha=self.swiglu_alpha,

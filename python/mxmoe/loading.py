@@ -18,6 +18,7 @@ from mxmoe.config import ModelConfig
 from mxmoe.generate import Model
 from mxmoe.layers import Attention, DecoderLayer, Embedding, Experts, Linear, MoE, RMSNorm
 from mxmoe.model import LoadOptions
+from mxmoe.packing import prefers_packed
 from mxmoe.tokenizer import Tokenizer
 
 __all__ = ["load"]
@@ -72,15 +73,21 @@ class _Builder:
         self.ops = _ops_of(options)
         # The int8 form is what the model holds, so the reference computes on the very same codes.
         self.int8_dense = options.dense == "int8"
+        # Where the kernels want panels, they are made here, layer by layer, into memory of the model's own.
+        self.packed = options.backend == "kernels" and prefers_packed(options.activations)
 
-    def linear(self, weight: Array, bias: Array | None) -> Linear:
+    def linear(self, weight: Array, bias: Array | None, name: str, layer: int | None = None) -> Linear:
+        """Make a dense layer of a weight, `name` in the checkpoint."""
         scales = None
         # Blocks of 32 along the input; a weight that has no whole number of them stays as it is.
         if self.int8_dense and weight.shape[1] % 32 == 0:
             from mxmoe import ops
 
             weight, scales = ops.int8_quantize(weight)
-        return Linear(self.ops, weight, bias, scales, self.options.activations)
+        linear = Linear(self.ops, weight, bias, scales, self.options.activations, self.packed)
+        if linear.packed or scales is not None:
+            self.checkpoint.release(layer, [name])  # it has been copied
+        return linear
 
     def norm(self, weight: Array) -> RMSNorm:
         return RMSNorm(self.ops, weight, self.config.rms_norm_eps)
@@ -91,10 +98,10 @@ class _Builder:
             ops=ops,
             index=i,
             kind=config.layer_types[i],
-            q_proj=self.linear(w.q_proj_weight, w.q_proj_bias),
-            k_proj=self.linear(w.k_proj_weight, w.k_proj_bias),
-            v_proj=self.linear(w.v_proj_weight, w.v_proj_bias),
-            o_proj=self.linear(w.o_proj_weight, w.o_proj_bias),
+            q_proj=self.linear(w.q_proj_weight, w.q_proj_bias, "q_proj_weight", i),
+            k_proj=self.linear(w.k_proj_weight, w.k_proj_bias, "k_proj_weight", i),
+            v_proj=self.linear(w.v_proj_weight, w.v_proj_bias, "v_proj_weight", i),
+            o_proj=self.linear(w.o_proj_weight, w.o_proj_bias, "o_proj_weight", i),
             sinks=w.sinks,
             head_dim=config.head_dim,
             sm_scale=config.sm_scale,
@@ -111,20 +118,18 @@ class _Builder:
             activations=self.options.activations,
             swiglu_alpha=config.swiglu_alpha,
             swiglu_limit=config.swiglu_limit,
+            packed=self.packed,
+            owned=self.checkpoint.layout == "huggingface-bf16",
         )
         # The router is small and decides: it stays float32 x bf16 whatever the rest is rounded to.
         router = Linear(ops, w.router_weight, w.router_bias, None, "float32")
         mlp = MoE(ops, i, router, experts, config.experts_per_token)
-        if self.int8_dense:
-            projections = [f"{p}_proj_weight" for p in "qkvo"]
-            self.checkpoint.release(i, projections)
+        if self.packed:
+            self.checkpoint.release(i, [f"{m}_{part}" for m in ("gate_up", "down") for part in ("blocks", "scales")])
         return DecoderLayer(i, self.norm(w.input_layernorm), attention, self.norm(w.post_attention_layernorm), mlp)
 
     def lm_head(self) -> Linear:
-        head = self.linear(self.checkpoint.lm_head, None)
-        if self.int8_dense:
-            self.checkpoint.release(names=["lm_head"])
-        return head
+        return self.linear(self.checkpoint.lm_head, None, "lm_head")
 
 
 @contextmanager

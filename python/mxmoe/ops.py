@@ -312,6 +312,7 @@ def linear(
     ----------
     x : array, shape (num_tokens, in_features), float32 or bfloat16
     weight : array, shape (out_features, in_features), bfloat16 or int8
+        Or packed by `mxmoe.packing.pack_linear`, as are `scales` then.
     bias : array, shape (out_features,), bfloat16 or float32, optional
     scales : array, shape (out_features, in_features // 32), bfloat16
         With int8 weights only: one scale per block of 32 weights.
@@ -327,7 +328,9 @@ def linear(
     array, shape (num_tokens, out_features), float32
     """
     if out is None:
-        out = _empty(x, (_shape("x", x, 2)[0], _shape("weight", weight, 2)[0]), "float32")
+        held = _core.describe(weight, "weight")[0]
+        rows = 16 * held[0] if len(held) == 3 else _shape("weight", weight, 2)[0]
+        out = _empty(x, (_shape("x", x, 2)[0], rows), "float32")
     _core.linear(x, weight, scales, bias, activations, residual, out)
     return out
 
@@ -403,7 +406,7 @@ def mxfp4_moe(
     residual: Array | None = None,
     out: Array | None = None,
 ) -> Array:
-    """Mixture of experts on MXFP4 weights as stored: two grouped products around a clamped SwiGLU.
+    """Mixture of experts on MXFP4 weights: two grouped products around a clamped SwiGLU.
 
     ``residual + sum_c topk_weights[:, c] * expert(topk_ids[:, c], x)`` with, in an expert,
     ``g = W1 x + b1; gate = min(g[0::2], limit); up = clip(g[1::2], -limit, limit);
@@ -419,7 +422,8 @@ def mxfp4_moe(
     gate_up_blocks : array, shape (num_experts, 2 * intermediate_size, hidden_size // 32, 16), uint8
         MXFP4 codes, two to a byte, low nibble first; gate and up rows alternate.
     gate_up_scales : array, shape (num_experts, 2 * intermediate_size, hidden_size // 32), uint8
-        e8m0; 255 (NaN) must have been ruled out.
+        e8m0; 255 (NaN) must have been ruled out. Blocks and scales of both matrices may also be packed by
+        `mxmoe.packing.pack_mxfp4`.
     gate_up_bias : array, shape (num_experts, 2 * intermediate_size), bfloat16 or float32
     down_blocks : array, shape (num_experts, hidden_size, intermediate_size // 32, 16), uint8
     down_scales : array, shape (num_experts, hidden_size, intermediate_size // 32), uint8

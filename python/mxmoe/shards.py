@@ -136,8 +136,11 @@ class Shards:
             flat = np.frombuffer(self._maps[entry.shard], dtype=dtype, count=count, offset=entry.start)
         return flat.reshape(entry.shape)
 
-    def refuse_bad_values(self, name: str) -> None:
-        """Raise `CheckpointError` when a bf16 tensor holds NaN or infinity, or scales hold the byte 255."""
+    def refuse_bad_values(self, name: str, *, keep: bool = True) -> None:
+        """Raise `CheckpointError` when a bf16 tensor holds NaN or infinity, or scales hold the byte 255.
+
+        Without `keep` no more than a few pages of it are resident at a time.
+        """
         flat = self.array(name).reshape(-1)
         where = f"{self.folder / self._entries[name].shard}: tensor {name}"
         if flat.dtype == np.uint8:
@@ -152,6 +155,8 @@ class Shards:
             if shifted.max() >= 0xFF00:
                 at = start + int(np.argmax(shifted >= 0xFF00))
                 raise CheckpointError(f"{where} holds {flat[at]} at element {at}, expected finite values")
+            if not keep:
+                self.release(name)
 
     def release(self, name: str) -> None:
         """Give back the resident pages of tensor `name`; the next use reads them again.

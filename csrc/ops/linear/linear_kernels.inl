@@ -26,15 +26,9 @@ constexpr PrepareFn kPrepareF32 = {prepare_f32<float>, prepare_f32<bf16>};
 constexpr PrepareFn kPrepareBf16 = {prepare_bf16<float>, prepare_bf16<bf16>};
 constexpr PrepareFn kPrepareI8 = {prepare_i8<float>, prepare_i8<bf16>};
 
-#if defined(MXMOE_SIMD_DOT)
-constexpr LinearKernel kBf16Bf16 = {kPrepareBf16, 2, false, linear_tile<DotBf16Bf16>};
-constexpr LinearKernel kBf16I8 = {kPrepareBf16, 2, false, linear_tile<DotBf16I8>};
-#else
-constexpr LinearKernel kBf16Bf16 = {kPrepareBf16, 4, false, linear_tile<DotF32Bf16>};
-constexpr LinearKernel kBf16I8 = {kPrepareBf16, 4, false, linear_tile<DotF32I8>};
-#endif
-constexpr LinearKernels kLinear = {{kPrepareF32, 4, false, linear_tile<DotF32Bf16>},
-                                   kBf16Bf16,
-                                   {kPrepareF32, 4, false, linear_tile<DotF32I8>},
-                                   kBf16I8,
-                                   {kPrepareI8, 1, true, linear_tile<DotI8I8>}};
+// Without bf16 dot products the values are bf16 held in float32.
+constexpr LinearKernels kLinear = {{kPrepareF32, 4, 0, linear_tile<DotF32Bf16>},
+                                   {kPrepareBf16, 4, 0, linear_tile<DotF32Bf16>},
+                                   {kPrepareF32, 4, 0, linear_tile<DotF32I8>},
+                                   {kPrepareBf16, 4, 0, linear_tile<DotF32I8>},
+                                   {kPrepareI8, 1, 1, linear_tile<DotI8I8>}};

@@ -17,12 +17,12 @@ Dispatch<Fn> with_f32("mxfp4_moe_f32", {MXMOE_X86({"mxfp4_moe_f32_mxfp4_avx512",
                                                   {"mxfp4_moe_f32_mxfp4_avx2", kAvx2, &mxfp4_moe_avx2.f32}){
                                            "mxfp4_moe_f32_mxfp4_scalar", 0, &mxfp4_moe_scalar.f32}});
 Dispatch<Fn> with_bf16("mxfp4_moe_bf16",
-                       {MXMOE_X86({"mxfp4_moe_bf16_mxfp4_avx512bf16", kAvx512Dot, &mxfp4_moe_avx512x.bf16},
+                       {MXMOE_X86({"mxfp4_moe_bf16_mxfp4_avx512bf16", kAvx512Dot, &mxfp4_moe_bf16_avx512x},
                                   {"mxfp4_moe_bf16_mxfp4_avx512", kAvx512, &mxfp4_moe_avx512.bf16},
                                   {"mxfp4_moe_bf16_mxfp4_avx2", kAvx2, &mxfp4_moe_avx2.bf16}){
                            "mxfp4_moe_bf16_mxfp4_scalar", 0, &mxfp4_moe_scalar.bf16}});
 Dispatch<Fn> with_int8("mxfp4_moe_int8",
-                       {MXMOE_X86({"mxfp4_moe_int8_mxfp4_avx512vnni", kAvx512Dot, &mxfp4_moe_avx512x.int8},
+                       {MXMOE_X86({"mxfp4_moe_int8_mxfp4_avx512vnni", kAvx512Dot, &mxfp4_moe_int8_avx512x},
                                   {"mxfp4_moe_int8_mxfp4_avx512", kAvx512, &mxfp4_moe_avx512.int8},
                                   {"mxfp4_moe_int8_mxfp4_avx2", kAvx2, &mxfp4_moe_avx2.int8}){
                            "mxfp4_moe_int8_mxfp4_scalar", 0, &mxfp4_moe_scalar.int8}});
@@ -32,19 +32,30 @@ Dispatch<CombineKernel> combine("mxfp4_moe_combine", {MXMOE_X86({"combine_avx512
 
 struct Sizes {
   int64_t num_tokens, experts_per_token, num_experts, hidden_size, intermediate_size;
+  bool packed;
   int64_t num_pairs() const { return num_tokens * experts_per_token; }
 };
 
-void check_matrix(const char* name, const Tensor& blocks, const Tensor& scales, const Tensor& bias, int64_t experts,
-                  int64_t rows, int64_t k, const Tensor& y) {
+// Blocks packed by panels have sixteen rows in the last axis.
+bool is_packed(const Tensor& blocks) { return blocks.ndim == 4 && blocks.shape[3] == kPackedMxfp4Bytes; }
+
+void check_matrix(const char* name, const Tensor& blocks, const Tensor& scales, const Tensor& bias, bool packed,
+                  int64_t experts, int64_t rows, int64_t k, const Tensor& y) {
   const std::string prefix(name);
   const std::string blocks_name = prefix + "_blocks", scales_name = prefix + "_scales", bias_name = prefix + "_bias";
   check_dtype(blocks_name.c_str(), blocks, {DType::u8});
   check_dtype(scales_name.c_str(), scales, {DType::u8});
   check_dtype(bias_name.c_str(), bias, {DType::f32, DType::bf16});
-  check_shape(blocks_name.c_str(), blocks, {experts, rows, k / kMxBlock, kMxBlockBytes},
-              "(experts, rows, K / 32, 16)");
-  check_shape(scales_name.c_str(), scales, {experts, rows, k / kMxBlock}, "(experts, rows, K / 32)");
+  if (packed) {
+    check_shape(blocks_name.c_str(), blocks, {experts, rows / kPanelRows, k / kMxBlock, kPackedMxfp4Bytes},
+                "(experts, rows / 16, K / 32, 256)");
+    check_shape(scales_name.c_str(), scales, {experts, rows / kPanelRows, k / kMxBlock, kPanelRows},
+                "(experts, rows / 16, K / 32, 16)");
+  } else {
+    check_shape(blocks_name.c_str(), blocks, {experts, rows, k / kMxBlock, kMxBlockBytes},
+                "(experts, rows, K / 32, 16)");
+    check_shape(scales_name.c_str(), scales, {experts, rows, k / kMxBlock}, "(experts, rows, K / 32)");
+  }
   check_shape(bias_name.c_str(), bias, {experts, rows}, "(experts, rows)");
   const std::pair<const std::string*, const Tensor*> all[] = {
       {&blocks_name, &blocks}, {&scales_name, &scales}, {&bias_name, &bias}};
@@ -65,19 +76,22 @@ Sizes check(const Tensor& x, const Tensor& ids, const Tensor& topk_weights, cons
   check_shape("topk_weights", topk_weights, {x.shape[0], ids.shape[1]}, "(num_tokens, experts_per_token)");
   check_contiguous("topk_ids", ids);
   check_contiguous("topk_weights", topk_weights);
-  check_shape("gate_up_blocks", w.gate_up_blocks, {-1, -1, -1, kMxBlockBytes},
-              "(num_experts, 2 * intermediate_size, hidden_size / 32, 16)");
-  const Sizes s{x.shape[0], ids.shape[1], w.gate_up_blocks.shape[0], x.shape[1], w.gate_up_blocks.shape[1] / 2};
+  const bool packed = is_packed(w.gate_up_blocks);
+  if (!packed) {
+    check_shape("gate_up_blocks", w.gate_up_blocks, {-1, -1, -1, kMxBlockBytes},
+                "(num_experts, 2 * intermediate_size, hidden_size / 32, 16)");
+  }
+  const int64_t gate_up_rows = w.gate_up_blocks.shape[1] * (packed ? kPanelRows : 1);
+  const Sizes s{x.shape[0], ids.shape[1], w.gate_up_blocks.shape[0], x.shape[1], gate_up_rows / 2, packed};
   check_value(s.hidden_size >= kMxBlock && s.hidden_size % kMxBlock == 0, "x has hidden_size ", s.hidden_size,
               "; wanted a multiple of ", kMxBlock);
   check_value(s.num_experts >= 1, "gate_up_blocks holds no experts; wanted at least 1");
-  check_value(w.gate_up_blocks.shape[1] % (2 * kMxBlock) == 0 && s.intermediate_size > 0, "gate_up_blocks has ",
-              w.gate_up_blocks.shape[1],
+  check_value(gate_up_rows % (2 * kMxBlock) == 0 && s.intermediate_size > 0, "gate_up_blocks has ", gate_up_rows,
               " rows; wanted 2 * intermediate_size with intermediate_size a multiple of 32");
-  check_matrix("gate_up", w.gate_up_blocks, w.gate_up_scales, w.gate_up_bias, s.num_experts, 2 * s.intermediate_size,
-               s.hidden_size, y);
-  check_matrix("down", w.down_blocks, w.down_scales, w.down_bias, s.num_experts, s.hidden_size, s.intermediate_size,
-               y);
+  check_matrix("gate_up", w.gate_up_blocks, w.gate_up_scales, w.gate_up_bias, packed, s.num_experts,
+               2 * s.intermediate_size, s.hidden_size, y);
+  check_matrix("down", w.down_blocks, w.down_scales, w.down_bias, packed, s.num_experts, s.hidden_size,
+               s.intermediate_size, y);
   check_shape("out", y, {s.num_tokens, s.hidden_size}, "(num_tokens, hidden_size)");
   if (residual) {
     check_dtype("residual", residual, {DType::f32});
@@ -111,24 +125,28 @@ struct Grouped {
   int64_t num_rows, k;  // of an expert's matrix
   float* y;             // by sorted pair
   int64_t y_stride;
+  bool packed;
 };
 
-// A tile of weight rows is read once for all its tokens; 64 rows give two threads some hundred items a layer.
-constexpr int64_t kRowsPerTile = 64;
-
 void run_grouped(const Grouped& g, const MoeParams& params, void (*kernel)(const MoeTile&)) {
-  const int64_t tiles = (g.num_rows + kRowsPerTile - 1) / kRowsPerTile;
+  int64_t busy = 0;
+  for (int64_t e = 0; e < g.num_experts; ++e) busy += g.offsets[e + 1] > g.offsets[e] ? 1 : 0;
+  const int64_t rows_per_tile = tile_rows(busy * g.num_rows);
+  const int64_t tiles = (g.num_rows + rows_per_tile - 1) / rows_per_tile;
+  const int64_t lines = g.packed ? kPanelRows : 1;  // weight rows from stride to stride
   parallel_for(g.num_experts * tiles, [&](int64_t item) {
-    const int64_t e = item / tiles, n = item % tiles * kRowsPerTile;
+    const int64_t e = item / tiles, n = item % tiles * rows_per_tile;
     const int64_t begin = g.offsets[e], count = g.offsets[e + 1] - begin;
     if (count == 0) return;
     MoeTile t{};
     t.x = g.x;
     t.rows = g.rows + begin, t.num_rows = count;
-    t.weight.value_stride = g.k / kMxBlock * kMxBlockBytes, t.weight.scale_stride = g.k / kMxBlock;
-    t.weight.values = g.blocks.as<uint8_t>() + e * g.num_rows * t.weight.value_stride;
-    t.weight.scales = g.scales.as<uint8_t>() + e * g.num_rows * t.weight.scale_stride;
-    t.n_begin = n, t.n_end = std::min(n + kRowsPerTile, g.num_rows);
+    t.weight.packed = g.packed;
+    t.weight.value_stride = lines * g.k / kMxBlock * kMxBlockBytes;
+    t.weight.scale_stride = lines * g.k / kMxBlock;
+    t.weight.values = g.blocks.as<uint8_t>() + e * g.num_rows / lines * t.weight.value_stride;
+    t.weight.scales = g.scales.as<uint8_t>() + e * g.num_rows / lines * t.weight.scale_stride;
+    t.n_begin = n, t.n_end = std::min(n + rows_per_tile, g.num_rows);
     t.k = g.k;
     if (g.bias.dtype == DType::f32) t.bias_f32 = g.bias.as<float>() + e * g.num_rows;
     if (g.bias.dtype == DType::bf16) t.bias_bf16 = g.bias.as<bf16>() + e * g.num_rows;
@@ -170,15 +188,15 @@ void mxfp4_moe(const Tensor& x, const Tensor& topk_ids, const Tensor& topk_weigh
 
   const size_t hidden = checked_product("expert outputs", {pairs, s.hidden_size});
   const size_t inner = checked_product("expert activations", {pairs, s.intermediate_size});
-  Scratch scratch(prepared_bytes(s.num_tokens, s.hidden_size, kernel.value_bytes, kernel.block_scaled) +
-                  prepared_bytes(pairs, s.intermediate_size, kernel.value_bytes, kernel.block_scaled) +
+  Scratch scratch(prepared_bytes(s.num_tokens, s.hidden_size, kernel.value_bytes, kernel.block_floats) +
+                  prepared_bytes(pairs, s.intermediate_size, kernel.value_bytes, kernel.block_floats) +
                   Scratch::bytes<float>(inner) + Scratch::bytes<float>(hidden) + 3 * Scratch::bytes<int64_t>(count) +
                   Scratch::bytes<int32_t>(count) + Scratch::bytes<const float*>(count) +
                   Scratch::bytes<int32_t>(static_cast<size_t>(s.num_experts) + 1));
   const PreparedRows x_rows =
-      take_prepared(scratch, s.num_tokens, s.hidden_size, kernel.value_bytes, kernel.block_scaled);
+      take_prepared(scratch, s.num_tokens, s.hidden_size, kernel.value_bytes, kernel.block_floats);
   const PreparedRows a_rows =
-      take_prepared(scratch, pairs, s.intermediate_size, kernel.value_bytes, kernel.block_scaled);
+      take_prepared(scratch, pairs, s.intermediate_size, kernel.value_bytes, kernel.block_floats);
   float* activated = scratch.take<float>(inner);
   float* down = scratch.take<float>(hidden);
   int64_t* token_of = scratch.take<int64_t>(count);   // by sorted pair
@@ -196,21 +214,21 @@ void mxfp4_moe(const Tensor& x, const Tensor& topk_ids, const Tensor& topk_weigh
     identity[i] = i;
     sorted_of[order[i]] = i;
   }
+  const PrepareFn& prepare = s.packed ? kernel.prepare_for_packed : kernel.prepare;
   parallel_for(s.num_tokens, [&](int64_t t) {
     if (x.dtype == DType::f32) {
-      kernel.prepare.f32(x.as<float>() + t * x.stride[0], s.hidden_size, x_rows, t);
+      prepare.f32(x.as<float>() + t * x.stride[0], s.hidden_size, x_rows, t);
     } else {
-      kernel.prepare.b16(x.as<bf16>() + t * x.stride[0], s.hidden_size, x_rows, t);
+      prepare.b16(x.as<bf16>() + t * x.stride[0], s.hidden_size, x_rows, t);
     }
   });
   run_grouped({x_rows, token_of, offsets, s.num_experts, w.gate_up_blocks, w.gate_up_scales, w.gate_up_bias,
-               2 * s.intermediate_size, s.hidden_size, activated, s.intermediate_size},
+               2 * s.intermediate_size, s.hidden_size, activated, s.intermediate_size, s.packed},
               params, kernel.gate_up);
-  parallel_for(held, [&](int64_t i) {
-    kernel.prepare.f32(activated + i * s.intermediate_size, s.intermediate_size, a_rows, i);
-  });
+  parallel_for(held,
+               [&](int64_t i) { prepare.f32(activated + i * s.intermediate_size, s.intermediate_size, a_rows, i); });
   run_grouped({a_rows, identity, offsets, s.num_experts, w.down_blocks, w.down_scales, w.down_bias, s.hidden_size,
-               s.intermediate_size, down, s.hidden_size},
+               s.intermediate_size, down, s.hidden_size, s.packed},
               params, kernel.down);
   run_combine(s, sorted_of, down, topk_weights, residual, y, row_scratch);
 }

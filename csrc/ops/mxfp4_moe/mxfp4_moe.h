@@ -1,15 +1,14 @@
 // mxfp4_moe
-// Computes: for every token t, y[t] = residual[t] + sum_c topk_weights[t, c] * expert(topk_ids[t, c], x[t]),
-// where
-//           expert(e, x): g = W1[e] x + b1[e]; gate = min(g[0::2], limit); up = clamp(g[1::2], -limit,
-//           limit); a = gate * sigmoid(alpha * gate) * (up + 1); W2[e] a + b2[e].
+// Computes: for every token t, y[t] = residual[t] + sum_c topk_weights[t, c] * expert(topk_ids[t, c], x[t]), where
+//           expert(e, x): g = W1[e] x + b1[e]; gate = min(g[0::2], limit); up = clamp(g[1::2], -limit, limit); a =
+//           gate * sigmoid(alpha * gate) * (up + 1); W2[e] a + b2[e].
 // Shapes:   x (num_tokens, hidden_size); topk_ids, topk_weights (num_tokens, experts_per_token);
 //           gate_up_blocks (num_experts, 2 * intermediate_size, hidden_size / 32, 16), gate_up_scales without
 //           the 16; gate_up_bias (num_experts, 2 * intermediate_size); down_blocks (num_experts, hidden_size,
-//           intermediate_size / 32, 16), down_scales likewise; down_bias (num_experts, hidden_size);
+//           intermediate_size / 32, 16), down_scales likewise; down_bias (num_experts, hidden_size); or blocks and
+//           scales packed (see ops/pack), both matrices alike: (num_experts, rows / 16, K / 32, 256) and (.., 16);
 //           residual, y (num_tokens, hidden_size), residual or none.
-// Dtypes:   x float32 or bfloat16; ids int32; weights float32; blocks and scales uint8 (MXFP4: e2m1 codes,
-// low
+// Dtypes:   x float32 or bfloat16; ids int32; weights float32; blocks and scales uint8 (MXFP4: e2m1 codes, low
 //           nibble first, e8m0 scales); biases bfloat16 or float32; residual, y float32. x and the
 //           activations a are rounded once each, as `activations` says (see linear); MXFP4 enters exactly;
 //           sums are float32, the sum over choices in their order.
@@ -17,10 +16,9 @@
 // Requires: hidden_size and intermediate_size multiples of 32; experts held are [first_expert, first_expert +
 //           num_experts), other ids contribute nothing: partial sums of several holders add up. No scale byte
 //           is 255 (checked when a checkpoint is loaded, not here).
-// Calls:    y may be residual itself; no other overlap; (expert x weight rows) are spread over threads;
-// scratch for
-//           num_tokens * experts_per_token rows; a row's bits depend on that row alone, within one
-//           instruction set.
+// Calls:    y may be residual itself; no other overlap; (expert x weight rows) are spread over threads; scratch for
+//           num_tokens * experts_per_token rows; a row's bits depend on that row alone, within one instruction set,
+//           and not on whether the weights are packed.
 // Source:   model card section 2.2; OCP Microscaling v1.0 section 5; gpt_oss/torch/model.py, MLPBlock.
 #pragma once
 
@@ -60,9 +58,9 @@ struct MoeTile {
 };
 
 struct MoeKernel {
-  PrepareFn prepare;
-  int value_bytes;
-  bool block_scaled;
+  PrepareFn prepare, prepare_for_packed;  // what stored and packed weights want the activations to look like
+  int value_bytes;                        // of one prepared value
+  int block_floats;                       // what they carry beside the values of a block of 32
   void (*gate_up)(const MoeTile&);
   void (*down)(const MoeTile&);
 };
@@ -70,7 +68,8 @@ struct MoeKernel {
 struct MoeKernels {
   MoeKernel f32, bf16, int8;  // by activation
 };
-extern const MoeKernels mxfp4_moe_scalar, mxfp4_moe_avx2, mxfp4_moe_avx512, mxfp4_moe_avx512x;
+extern const MoeKernels mxfp4_moe_scalar, mxfp4_moe_avx2, mxfp4_moe_avx512;
+extern const MoeKernel mxfp4_moe_bf16_avx512x, mxfp4_moe_int8_avx512x;  // with VNNI and BF16 dot products
 
 // y[i] = residual[i] + sum_c weights[c] * rows[c][i]; a null row is skipped, a null residual counts as zero.
 struct CombineRow {

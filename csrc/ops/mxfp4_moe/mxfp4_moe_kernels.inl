@@ -4,18 +4,10 @@
 #include "simd/dot_formats.inl"
 #include "simd/dot_tile.inl"
 #include "simd/prepare.inl"
+#include "ops/mxfp4_moe/swiglu.inl"
 
 inline float tile_bias(const MoeTile& t, int64_t n) {
   return t.bias_f32 != nullptr ? t.bias_f32[n] : to_float(t.bias_bf16[n]);
-}
-
-// gate * sigmoid(alpha * gate) * (up + 1), both clamped. NaN passes through the clamps: the second operand
-// wins.
-inline f32v swiglu(f32v gate, f32v up, float alpha, float limit) {
-  gate = min(set1(limit), gate);
-  up = max(set1(-limit), min(set1(limit), up));
-  const f32v sigmoid = div(set1(1.0f), add(set1(1.0f), exp(mul(set1(-alpha), gate))));
-  return mul(mul(gate, sigmoid), add(up, set1(1.0f)));
 }
 
 template <class F>
@@ -64,14 +56,10 @@ inline void combine_rows(const CombineRow& c) {
   }
 }
 
-constexpr MoeKernel kMoeF32 = {
-    {prepare_f32<float>, prepare_f32<bf16>}, 4, false, moe_gate_up<DotF32Mxfp4>, moe_down<DotF32Mxfp4>};
-#if defined(MXMOE_SIMD_DOT)
-constexpr MoeKernel kMoeBf16 = {
-    {prepare_bf16<float>, prepare_bf16<bf16>}, 2, false, moe_gate_up<DotBf16Mxfp4>, moe_down<DotBf16Mxfp4>};
-#else
-constexpr MoeKernel kMoeBf16 = {
-    {prepare_bf16<float>, prepare_bf16<bf16>}, 4, false, moe_gate_up<DotF32Mxfp4>, moe_down<DotF32Mxfp4>};
-#endif
-constexpr MoeKernel kMoeI8 = {
-    {prepare_i8<float>, prepare_i8<bf16>}, 1, true, moe_gate_up<DotI8Mxfp4>, moe_down<DotI8Mxfp4>};
+constexpr PrepareFn kPrepareF32 = {prepare_f32<float>, prepare_f32<bf16>};
+constexpr PrepareFn kPrepareBf16 = {prepare_bf16<float>, prepare_bf16<bf16>};
+constexpr PrepareFn kPrepareI8 = {prepare_i8<float>, prepare_i8<bf16>};
+constexpr MoeKernel kMoeF32 = {kPrepareF32, kPrepareF32, 4, 0, moe_gate_up<DotF32Mxfp4>, moe_down<DotF32Mxfp4>};
+// Without bf16 dot products the values are bf16 held in float32.
+constexpr MoeKernel kMoeBf16 = {kPrepareBf16, kPrepareBf16, 4, 0, moe_gate_up<DotF32Mxfp4>, moe_down<DotF32Mxfp4>};
+constexpr MoeKernel kMoeI8 = {kPrepareI8, kPrepareI8, 1, 1, moe_gate_up<DotI8Mxfp4>, moe_down<DotI8Mxfp4>};

@@ -1,0 +1,53 @@
+#include "bindings/bind.h"
+#include "bindings/tensor.h"
+#include "ops/pack/pack.h"
+
+namespace mxmoe {
+
+void bind_pack(py::module_& m) {
+  m.def(
+      "prefers_packed", [](const std::string& activations) { return prefers_packed(parse_activations(activations)); },
+      py::arg("activations"));
+  m.def(
+      "pack_mxfp4",
+      [](const py::object& blocks, const py::object& scales, const py::object& packed,
+         const py::object& packed_scales) {
+        const TensorArg b = required(blocks, "blocks"), s = required(scales, "scales");
+        const TensorArg p = required(packed, "packed", true), q = required(packed_scales, "packed_scales", true);
+        const py::gil_scoped_release unlocked;
+        pack_mxfp4(b, s, p, q);
+      },
+      py::arg("blocks"), py::arg("scales"), py::arg("packed"), py::arg("packed_scales"));
+  m.def(
+      "unpack_mxfp4",
+      [](const py::object& packed, const py::object& packed_scales, const py::object& blocks,
+         const py::object& scales) {
+        const TensorArg p = required(packed, "packed"), q = required(packed_scales, "packed_scales");
+        const TensorArg b = required(blocks, "blocks", true), s = required(scales, "scales", true);
+        const py::gil_scoped_release unlocked;
+        unpack_mxfp4(p, q, b, s);
+      },
+      py::arg("packed"), py::arg("packed_scales"), py::arg("blocks"), py::arg("scales"));
+  m.def(
+      "pack_linear",
+      [](const py::object& weight, const py::object& scales, const py::object& packed,
+         const py::object& packed_scales) {
+        const TensorArg w = required(weight, "weight"), s = to_tensor(scales, "scales");
+        const TensorArg p = required(packed, "packed", true), q = to_tensor(packed_scales, "packed_scales", true);
+        const py::gil_scoped_release unlocked;
+        pack_linear(w, s, p, q);
+      },
+      py::arg("weight"), py::arg("scales"), py::arg("packed"), py::arg("packed_scales"));
+  m.def(
+      "unpack_linear",
+      [](const py::object& packed, const py::object& packed_scales, const py::object& weight,
+         const py::object& scales) {
+        const TensorArg p = required(packed, "packed"), q = to_tensor(packed_scales, "packed_scales");
+        const TensorArg w = required(weight, "weight", true), s = to_tensor(scales, "scales", true);
+        const py::gil_scoped_release unlocked;
+        unpack_linear(p, q, w, s);
+      },
+      py::arg("packed"), py::arg("packed_scales"), py::arg("weight"), py::arg("scales"));
+}
+
+}  // namespace mxmoe
