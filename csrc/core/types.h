@@ -4,6 +4,13 @@
 #include <cstdint>
 #include <cstring>
 
+// For the innermost pieces of kernels, whose operands must stay in registers.
+#if defined(_MSC_VER)
+#define MXMOE_INLINE __forceinline
+#else
+#define MXMOE_INLINE inline __attribute__((always_inline))
+#endif
+
 namespace mxmoe {
 
 // Upper half of an IEEE float32. Conversions round to nearest, ties to even.

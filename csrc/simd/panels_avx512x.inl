@@ -80,13 +80,13 @@ inline void put(uint8_t* out, __m512i x) { _mm512_store_si512(out, x); }
 struct PanelI8Mxfp4 {
   static constexpr bool kInteger = true, kScaled = true, kDecoded = true;
   static constexpr int kVectors = 8, kChunk = 16, kPackedBytes = kPackedMxfp4Bytes, kPackedScaleBytes = kPanelRows;
-  static __m512i decode(__m512i codes) {
+  static MXMOE_INLINE __m512i decode(__m512i codes) {
     const __m512i table =
         _mm512_broadcast_i32x4(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
     return _mm512_shuffle_epi8(table, _mm512_and_si512(codes, _mm512_set1_epi8(15)));
   }
   template <int v, class Load>
-  static __m512i vector(const Load& dword) {
+  static MXMOE_INLINE __m512i vector(const Load& dword) {
     return decode(v % 2 == 0 ? dword(v / 2) : _mm512_srli_epi16(dword(v / 2), 4));
   }
   static __m512 scale(const char* p) { return packed_e8m0_scale(p); }
@@ -107,7 +107,7 @@ struct PanelI8I8 {
   static constexpr bool kInteger = true, kScaled = true, kDecoded = false;
   static constexpr int kVectors = 8, kChunk = 16, kPackedBytes = kPackedInt8Bytes, kPackedScaleBytes = 2 * kPanelRows;
   template <int v, class Load>
-  static __m512i vector(const Load& dword) {
+  static MXMOE_INLINE __m512i vector(const Load& dword) {
     return dword(v);
   }
   static __m512 scale(const char* p) { return packed_bf16_scale(p); }
@@ -129,7 +129,7 @@ struct PanelBf16Mxfp4 {
   static constexpr int kVectors = 16, kChunk = 8, kPackedBytes = kPackedMxfp4Bytes, kPackedScaleBytes = kPanelRows;
   // The permute looks at the low five bits of a word, the fifth of which is part of another code: the table of the
   // sixteen values as bfloat16 stands twice.
-  static __m512i decode(__m512i words) {
+  static MXMOE_INLINE __m512i decode(__m512i words) {
     const __m512i table = _mm512_broadcast_i64x4(
         _mm256_setr_epi16(0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0, static_cast<short>(0x8000),
                           static_cast<short>(0xbf00), static_cast<short>(0xbf80), static_cast<short>(0xbfc0),
@@ -138,7 +138,7 @@ struct PanelBf16Mxfp4 {
     return _mm512_permutexvar_epi16(words, table);
   }
   template <int v, class Load>
-  static __m512i vector(const Load& dword) {
+  static MXMOE_INLINE __m512i vector(const Load& dword) {
     return decode(v % 4 == 0 ? dword(v / 4) : _mm512_srli_epi16(dword(v / 4), 4 * (v % 4)));
   }
   static __m512 scale(const char* p) { return packed_e8m0_scale(p); }
@@ -165,16 +165,16 @@ struct PanelBf16I8 {
   static constexpr int kVectors = 16, kChunk = 8, kPackedBytes = kPackedInt8Bytes, kPackedScaleBytes = 2 * kPanelRows;
   // Byte `kByte` of every lane as float32: exact in its upper half, which is the bfloat16.
   template <int kByte>
-  static __m512i as_float(__m512i codes) {
+  static MXMOE_INLINE __m512i as_float(__m512i codes) {
     const __m512i value = _mm512_srai_epi32(_mm512_slli_epi32(codes, 24 - 8 * kByte), 24);
     return _mm512_castps_si512(_mm512_cvtepi32_ps(value));
   }
   template <int kPair>
-  static __m512i decode(__m512i codes) {
+  static MXMOE_INLINE __m512i decode(__m512i codes) {
     return _mm512_or_si512(_mm512_srli_epi32(as_float<2 * kPair>(codes), 16), as_float<2 * kPair + 1>(codes));
   }
   template <int v, class Load>
-  static __m512i vector(const Load& dword) {
+  static MXMOE_INLINE __m512i vector(const Load& dword) {
     return decode<v % 2>(_mm512_xor_si512(dword(v / 2), _mm512_set1_epi8(-128)));
   }
   static __m512 scale(const char* p) { return packed_bf16_scale(p); }
@@ -196,7 +196,7 @@ struct PanelBf16Bf16 {
   static constexpr bool kInteger = false, kScaled = false, kDecoded = false;
   static constexpr int kVectors = 16, kChunk = 8, kPackedBytes = kPackedBf16Bytes, kPackedScaleBytes = 0;
   template <int v, class Load>
-  static __m512i vector(const Load& dword) {
+  static MXMOE_INLINE __m512i vector(const Load& dword) {
     return dword(v);
   }
   static __m512 scale(const char*) { return _mm512_setzero_ps(); }
@@ -224,10 +224,12 @@ template <class F, int P>
 struct ChunkSource {
   const Chunk<F>& chunk;
   template <int v>
-  __m512i vector(int block, int panel) const {
+  MXMOE_INLINE __m512i vector(int block, int panel) const {
     return _mm512_load_si512(chunk.weights + ((block * F::kVectors + v) * P + panel) * 64);
   }
-  __m512 scale(int block, int panel) const { return _mm512_load_ps(chunk.scales + (block * P + panel) * kPanelRows); }
+  MXMOE_INLINE __m512 scale(int block, int panel) const {
+    return _mm512_load_ps(chunk.scales + (block * P + panel) * kPanelRows);
+  }
   void fetch(int) const {}
 };
 
@@ -237,20 +239,29 @@ struct PackedSource {
   const char* values;  // of the first panel, at the first block
   const char* scales;
   int64_t value_stride, scale_stride;  // from panel to panel
+  int64_t value_offset, scale_offset;  // of the first block in its panel
   template <int v>
-  __m512i vector(int block, int panel) const {
+  MXMOE_INLINE __m512i vector(int block, int panel) const {
     const char* p = values + panel * value_stride + block * F::kPackedBytes;
     return F::template vector<v>([&](int i) { return _mm512_loadu_si512(p + 64 * i); });
   }
-  __m512 scale(int block, int panel) const {
+  MXMOE_INLINE __m512 scale(int block, int panel) const {
     return F::scale(scales + panel * scale_stride + block * F::kPackedScaleBytes);
   }
-  // Some way ahead: the hardware follows the panels, but starts anew at each page.
-  void fetch(int block) const {
-    constexpr int kAhead = 4096;
-    for (int panel = 0; panel < P; ++panel) {
-      const char* p = values + panel * value_stride + block * F::kPackedBytes + kAhead;
+  // Fetches some way ahead: the hardware follows a panel, but starts anew at each page and each tile. Past the end of
+  // a panel comes the one that will take its place in the next tile. (Inlined by force: a function that does nothing
+  // but fetch counts as one without effect, and GCC drops its call.)
+  MXMOE_INLINE void fetch(int block) const {
+    constexpr int kAhead = 4096, kScalesAhead = 512;
+    const int64_t value = block * F::kPackedBytes + kAhead;
+    const char* p = values + value + (value_offset + value >= value_stride ? (P - 1) * value_stride : 0);
+    for (int panel = 0; panel < P; ++panel, p += value_stride) {
       for (int i = 0; i < F::kPackedBytes; i += 64) _mm_prefetch(p + i, _MM_HINT_T0);
+    }
+    if (F::kScaled && block * F::kPackedScaleBytes % 64 == 0) {
+      const int64_t scale = block * F::kPackedScaleBytes + kScalesAhead;
+      const char* q = scales + scale + (scale_offset + scale >= scale_stride ? (P - 1) * scale_stride : 0);
+      for (int panel = 0; panel < P; ++panel, q += scale_stride) _mm_prefetch(q, _MM_HINT_T0);
     }
   }
 };
@@ -270,7 +281,7 @@ struct BlockMeta {
 };
 
 template <class F, int P, int M, int v, class Source>
-inline void multiply_vector(const Source& source, int block, const char* const (&x)[M], __m512i (&dot)[M][P]) {
+MXMOE_INLINE void multiply_vector(const Source& source, int block, const char* const (&x)[M], __m512i (&dot)[M][P]) {
   __m512i y[P];
   for (int p = 0; p < P; ++p) y[p] = source.template vector<v>(block, p);
   for (int m = 0; m < M; ++m) {
@@ -287,8 +298,8 @@ inline void multiply_vector(const Source& source, int block, const char* const (
 }
 
 template <class F, int P, int M, class Source, int... v>
-inline void multiply_block(const Source& source, int block, const char* const (&x)[M], __m512i (&dot)[M][P],
-                           std::integer_sequence<int, v...>) {
+MXMOE_INLINE void multiply_block(const Source& source, int block, const char* const (&x)[M], __m512i (&dot)[M][P],
+                                 std::integer_sequence<int, v...>) {
   (multiply_vector<F, P, M, v>(source, block, x, dot), ...);
 }
 
@@ -339,7 +350,7 @@ inline void multiply(const Source& source, const PreparedRows& a, const int64_t*
 struct Ahead {
   const char* begin[2];
   int64_t bytes, done, step;
-  void some() {
+  MXMOE_INLINE void some() {
     const int64_t end = done + step < bytes ? done + step : bytes;
     for (; done < end; done += 64) {
       _mm_prefetch(begin[0] + done, _MM_HINT_T1);
@@ -391,12 +402,13 @@ struct PanelProduct {
   }
   template <int P>
   PackedSource<F, P> source(int64_t n, int64_t block) const {
-    return {values(n) + block * F::kPackedBytes, scales(n) + block * F::kPackedScaleBytes, w.value_stride,
-            w.scale_stride};
+    const int64_t value = block * F::kPackedBytes, scale = block * F::kPackedScaleBytes;
+    return {values(n) + value, scales(n) + scale, w.value_stride, w.scale_stride, value, scale};
   }
 
   template <int P, int... v>
-  void decode_block(const PackedSource<F, P>& from, int b, Chunk<F>& to, std::integer_sequence<int, v...>) const {
+  MXMOE_INLINE void decode_block(const PackedSource<F, P>& from, int b, Chunk<F>& to,
+                                 std::integer_sequence<int, v...>) const {
     for (int p = 0; p < P; ++p) {
       uint8_t* out = to.weights + (b * F::kVectors * P + p) * 64;
       (put(out + v * P * 64, from.template vector<v>(b, p)), ...);
@@ -405,10 +417,11 @@ struct PanelProduct {
   }
 
   template <int P>
-  void decode(int64_t n, int64_t first, int blocks, Chunk<F>& to) const {
+  void decode(int64_t n, int64_t first, int blocks, bool fetch, Chunk<F>& to) const {
     if (w.packed) {
       const PackedSource<F, P> from = source<P>(n, first);
       for (int b = 0; b < blocks; ++b) {
+        if (fetch) from.fetch(b);
         decode_block<P>(from, b, to, std::make_integer_sequence<int, F::kVectors>());
       }
       return;
@@ -429,13 +442,14 @@ struct PanelProduct {
   template <int P>
   void tile(const int64_t* rows, int64_t count, int64_t n, Chunk<F>& chunk, float* acc) const {
     const int64_t blocks = (k + kMxBlock - 1) / kMxBlock;
-    const bool direct = w.packed && (!F::kDecoded || count <= kGroup);
+    const bool direct = w.packed && (!F::kDecoded || count <= 2 * kGroup);
     for (int64_t b = 0; b < blocks; b += F::kChunk) {
       const int some = static_cast<int>(blocks - b < F::kChunk ? blocks - b : F::kChunk);
       const bool last = b + some == blocks;
       const int64_t next = last ? n + P * kPanelRows : n, at = last ? 0 : b + some;
       Ahead ahead{{nullptr, nullptr}, 0, 0, 0};
-      if (w.packed && count >= 4 * kGroup && next + P * kPanelRows <= n_end) {
+      const bool many = count >= 4 * kGroup;  // enough work to fetch the next chunk behind
+      if (w.packed && many && next + P * kPanelRows <= n_end) {
         const char* begin = values(next) + at * F::kPackedBytes;
         const int64_t bytes = F::kChunk * F::kPackedBytes;
         ahead = {{begin, begin + (P - 1) * w.value_stride}, bytes, 0, (bytes / (count / kGroup) + 63) / 64 * 64};
@@ -443,7 +457,7 @@ struct PanelProduct {
       if (direct) {
         multiply_rows<F, P>(source<P>(n, b), a, rows, count, b, some, ahead, acc);
       } else {
-        decode<P>(n, b, some, chunk);
+        decode<P>(n, b, some, !many, chunk);
         multiply_rows<F, P>(ChunkSource<F, P>{chunk}, a, rows, count, b, some, ahead, acc);
       }
     }
