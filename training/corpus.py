@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -30,11 +31,24 @@ SPECIAL_TOKENS = (
 )
 
 # Shares of the tasks; those that take longest to master get more.
-TASK_WEIGHTS = {"add": 1.5, "subtract": 1.5, "sort": 1.5, "function": 1.5, "date": 1.25, "weekday": 1.25}
+TASK_WEIGHTS = {
+    "subtract": 1.5,
+    "sort": 2.0,
+    "extreme": 1.25,
+    "count_letter": 1.5,
+    "date": 1.25,
+    "count_items": 0.5,
+    "reverse": 0.75,
+    "weekday": 0.75,
+    "function": 5.0,
+}
 
 # Training begins with echoes, of which a few stay throughout.
 ECHOES_FIRST = 200 * 32
 ECHO_SHARE = 0.03
+
+# Stories, and notes of what words look like in JSON: no problem's split may decide whether a word is known there.
+TEXT_SHARE = 0.15
 
 # How many problems share a system message, and the questions that cannot, as they ask about its date.
 FAMILY = 8
@@ -78,6 +92,17 @@ def story(rng: random.Random) -> str:
     ]
     dropped = set(rng.sample(range(1, 8), rng.choice((0, 1, 2))))
     return " ".join(sentence for i, sentence in enumerate(sentences) if i not in dropped)
+
+
+def note(rng: random.Random) -> str:
+    """Write some arguments down, then as JSON: there a word's token lacks the space that it has in a sentence."""
+    kinds = rng.sample((wording.PEOPLE, wording.CITIES, wording.ITEMS, wording.CURRENCIES), rng.choice((1, 1, 2, 3)))
+    parameters = [choices for tool in wording.TOOLS for choices in tool.parameters]
+    names = rng.sample(sorted({name for choices in parameters for name in choices}), len(kinds))
+    given = {name: rng.choice(words) for name, words in zip(names, kinds, strict=True)}
+    return (
+        f"Arguments: {', '.join(f'{k} = {v}' for k, v in given.items())}.\n{json.dumps(given, separators=(',', ':'))}"
+    )
 
 
 def small_talk(rng: random.Random) -> Problem:
@@ -217,9 +242,9 @@ def samples(tokenizer: Tokenizer, seed: int, worker: int, start: int) -> Iterato
         if rng.random() < (1.0 if drawn < ECHOES_FIRST else ECHO_SHARE):
             yield from (echo(rng, ordinary) for _ in range(FAMILY))
             continue
-        if rng.random() < 0.02:
-            for _ in range(FAMILY):
-                token_ids = [*tokenizer.encode(story(rng)), end_of_text]
+        if rng.random() < TEXT_SHARE:
+            for write in rng.choices((story, note), (1, 7), k=FAMILY):
+                token_ids = [*tokenizer.encode(write(rng)), end_of_text]
                 yield Sample(token_ids, [True] * len(token_ids))
             continue
         for problem in _family(rng):

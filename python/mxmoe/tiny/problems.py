@@ -181,7 +181,7 @@ def _subtract(rng: random.Random, level: str) -> Problem:
 
 
 def _numbers(rng: random.Random) -> list[int]:
-    return rng.sample(range(1, 100), rng.randint(3, 6))
+    return rng.sample(range(10, 100), rng.randint(3, 5))
 
 
 def _sort(rng: random.Random, level: str) -> Problem:

@@ -110,14 +110,9 @@ ITEMS = _words(
 
 WORDS = _words(
     """
-    apple banana cherry strawberry blueberry raspberry orange lemon melon pepper tomato potato carrot cabbage coffee
-    butter cheese cookie noodle pudding rabbit parrot kitten puppy giraffe elephant kangaroo gorilla penguin
-    squirrel raccoon butterfly beetle summer winter spring autumn season weather thunder rainbow sunset balloon
-    bottle pillow mirror hammer letter number paper pencil school teacher student lesson story library dictionary
-    sentence river valley forest island mountain desert meadow ocean harbor village street garden window kitchen
-    mississippi tennessee committee bookkeeper assessment success address necessary possess planet rocket engine
-    robot computer keyboard memory puzzle pattern happy pretty little yellow purple silver golden different
-    difficult excellent
+    apple banana cherry strawberry orange lemon pepper tomato potato carrot coffee butter cheese cookie noodle rabbit
+    parrot kitten puppy giraffe summer winter spring autumn weather balloon bottle pillow mirror hammer letter number
+    paper pencil school river valley forest island desert meadow harbor street garden window kitchen planet rocket
     """
 )
 
@@ -180,11 +175,13 @@ def subtract_steps(a: int, b: int, level: str) -> str:
     """Write the steps of ``a - b`` for ``a >= b``, digit by digit with the borrow."""
     borrow, steps = 0, []
     for i, (x, y) in enumerate(_digits(a, b), start=1):
-        lent = x - y - borrow < 0
-        difference = x - y - borrow + (10 if lent else 0)
-        equation = f"{i}: {'1' if lent else ''}{x}-{y}{'-1' if borrow else ''}={difference}"
-        borrow = int(lent)
-        steps.append(equation if level == "low" else f"{equation}{', borrow 1' if lent else ''}.")
+        taken = f"-{y}{'-1' if borrow else ''}"
+        difference = x - y - borrow
+        borrow = int(difference < 0)
+        # The digits stand there before it is said whether they need a borrow.
+        lent = f"<0, 1{x}{taken}={difference + 10}" if borrow else f"={difference}"
+        equation = f"{i}: {x}{taken}{lent}"
+        steps.append(equation if level == "low" else f"{equation}{', borrow 1' if borrow else ''}.")
     if level == "low":
         return ", ".join(steps)
     text = "Subtract the digits from the right.\n" + "\n".join(steps) + f"\nThe difference is {a - b}."
@@ -225,10 +222,11 @@ def count_letter_steps(word: str, letter: str, level: str) -> str:
     for character in word:
         count += character == letter
         spelled.append(f"{character} {count}" if character == letter else character)
+    text = f"Spell {word}: {listed(spelled)}."
     if level == "low":
-        return " ".join(spelled)
+        return text
     times = "1 time" if count == 1 else f"{count} times"
-    text = f"Spell {word}: " + ", ".join(spelled) + f".\nThe letter {letter} appears {times}."
+    text += f"\nThe letter {letter} appears {times}."
     if level == "medium":
         return text
     found = " ".join(letter for _ in range(count)) or "none"
@@ -290,9 +288,9 @@ def date_steps(day: datetime.date, after: bool, level: str) -> str:
 
 def call_steps(name: str, arguments: dict[str, Any], level: str) -> str:
     """Write the thought before a function call: which function, and with which arguments."""
-    if level == "low":
-        return f"Use {name}."
     given = ", ".join(f"{key} = {value}" for key, value in arguments.items())
+    if level == "low":
+        return f"Use {name}, {given}."
     text = f"I need {name} for this.\nArguments: {given}."
     return text if level == "medium" else f"{text}\nCheck: {name} takes {listed(arguments)}."
 
@@ -339,6 +337,10 @@ def _draw_stock(rng: random.Random) -> Draw:
 
 def _draw_phone(rng: random.Random) -> Draw:
     return Draw((rng.choice(PEOPLE),), {"phone": f"555-{rng.randrange(10000):04}"})
+
+
+def _draw_age(rng: random.Random) -> Draw:
+    return Draw((rng.choice(PEOPLE),), {"age": rng.randint(2, 99)})
 
 
 def _draw_convert(rng: random.Random) -> Draw:
@@ -391,6 +393,15 @@ TOOLS = (
         ("What is the phone number of {0}?", "Find the phone number of {0}.", "How can I call {0}?"),
         "The number of {0} is {phone}.",
         _draw_phone,
+    ),
+    Tool(
+        ("get_age", "age", "find_age"),
+        "Finds the age of a person.",
+        (("name", "person"),),
+        ("The person",),
+        ("How old is {0}?", "What is the age of {0}?", "Find the age of {0}."),
+        "The age of {0} is {age}.",
+        _draw_age,
     ),
     Tool(
         ("convert", "convert_money", "exchange"),
