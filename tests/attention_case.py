@@ -13,6 +13,8 @@ from mxmoe import ops
 from op_helpers import BF16, normal, to_torch, wide
 
 KV_DTYPES = ["float32", "bfloat16", "int8"]
+# Dtype of the cache, and what queries and weights are rounded to before they meet it (nothing unless it says so).
+KV_MODES = [*KV_DTYPES, "bfloat16/bf16", "int8/bf16"]
 
 
 def quantize_rows(x: NDArray[Any]) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
@@ -52,6 +54,23 @@ class AttentionCase:
     window: int | None = None
     block_size: int = 16
     page_seed: int = 0
+    activations: str = "float32"
+
+    @property
+    def rounds(self) -> bool:
+        """Whether queries and weights are rounded."""
+        return self.activations != "float32" and self.keys[0].values.dtype != np.float32
+
+    @property
+    def rounded_q(self) -> NDArray[np.float64]:
+        """The queries as they meet the cache."""
+        if not self.rounds:
+            return wide(self.q)
+        if self.keys[0].scales is None:
+            return wide(self.q.astype(BF16))
+        q = self.q.astype(np.float32)
+        amax = np.maximum(np.abs(q).max(axis=-1, keepdims=True), np.float32(1e-30))
+        return wide(np.rint(q * (np.float32(16256) / amax))) * wide(amax) / 16256
 
     @property
     def cu_seqlens(self) -> NDArray[np.int32]:
@@ -102,6 +121,7 @@ class AttentionCase:
             "seq_lens": np.array([length for _, length in self.sequences], np.int32),
             "sm_scale": self.sm_scale,
             "sliding_window": self.window,
+            "activations": self.activations,
             "k_scales": k_scales,
             "v_scales": v_scales,
         }
@@ -132,7 +152,8 @@ def make(
     seed: int = 0,
     **options: Any,
 ) -> AttentionCase:
-    """Draw a case with `heads` = (attention heads, key/value heads)."""
+    """Draw a case with `heads` = (attention heads, key/value heads) and `kv_dtype` as in `KV_MODES`."""
+    kv_dtype, _, activations = kv_dtype.partition("/")
     rng = np.random.default_rng(seed)
     num_tokens = sum(new for new, _ in sequences)
     keys, values = (
@@ -145,26 +166,36 @@ def make(
         values=values,
         sinks=normal(rng, (heads[0],), sinks_dtype),
         sm_scale=head_dim**-0.5,
+        activations=activations or "float32",
         **options,
     )
 
 
 def torch_attention(case: AttentionCase, dtype: str = "float32") -> tuple[torch.Tensor, torch.Tensor]:
-    """Result and sink share, from one masked softmax a sequence in float32."""
-    q, sinks = to_torch(case.q).float(), to_torch(case.sinks).float()
+    """Result and sink share, from one masked softmax a sequence in float32, rounding what the case says."""
+    q, sinks = torch.from_numpy(case.rounded_q).float(), to_torch(case.sinks).float()
     y, share = torch.zeros(q.shape), torch.zeros(q.shape[:2])
     cu = case.cu_seqlens
     for b, (new, length) in enumerate(case.sequences):
         if not new:
             continue
-        k, v = (torch.from_numpy(x[b].wide).float() for x in (case.keys, case.values))
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+        group = q.shape[1] // case.keys[b].values.shape[1]
+        k = torch.from_numpy(case.keys[b].wide).float().repeat_interleave(group, dim=1)
+        v = torch.from_numpy(wide(case.values[b].values)).float().repeat_interleave(group, dim=1)
         age = torch.arange(length - new, length)[:, None] - torch.arange(length)[None]
         seen = (age >= 0) & (age < (case.window or length + 1))
         scores = torch.einsum("thd,jhd->htj", q[cu[b] : cu[b + 1]], k) * case.sm_scale
         scores = scores.masked_fill(~seen, -torch.inf)
         logits = torch.cat([scores, sinks[:, None, None].expand(-1, new, 1)], dim=-1)
-        weights = torch.softmax(logits, dim=-1)
-        y[cu[b] : cu[b + 1]] = torch.einsum("htj,jhd->thd", weights[..., :-1], v)
-        share[cu[b] : cu[b + 1]] = weights[..., -1].T
+        powers = torch.exp(logits - logits.amax(dim=-1, keepdim=True))
+        weights, sink = powers[..., :-1], powers[..., -1:]
+        total = powers.sum(dim=-1, keepdim=True)
+        if case.values[b].scales is not None:
+            weights = weights * torch.from_numpy(case.values[b].scales).T.repeat_interleave(group, dim=0)[:, None]
+            weights = weights.bfloat16().float() if case.rounds else weights
+        elif case.rounds:
+            weights = weights.bfloat16().float()
+            total = weights.sum(dim=-1, keepdim=True) + sink
+        y[cu[b] : cu[b + 1]] = (torch.einsum("htj,jhd->htd", weights, v) / total).transpose(0, 1)
+        share[cu[b] : cu[b + 1]] = (sink / total)[..., 0].T
     return y.to(getattr(torch, dtype)), share

@@ -122,13 +122,12 @@ def _kv_cache_write(dtype: Any) -> Call:
     return Call(ops.kv_cache_write, arrays | caches, tuple(caches), {"slots": [5, 1, 2]})
 
 
-def _sink_attention(kv_dtype: str) -> Call:
-    case = attention_case.make([(3, 20), (2, 5)], kv_dtype=kv_dtype)
+def _sink_attention(kv_mode: str) -> Call:
+    case = attention_case.make([(3, 20), (2, 5)], kv_dtype=kv_mode)
     arrays = {"q": case.q} | {k: v for k, v in case.kwargs.items() if isinstance(v, np.ndarray)}
     arrays |= {"sink_share": _floats(5, 4), "out": _floats(5, 4, 16)}
-    return Call(
-        ops.sink_attention, arrays, ("out", "sink_share"), {"sm_scale": 0.25, "sliding_window": 9}, ("sink_share",)
-    )
+    options = {"sm_scale": 0.25, "sliding_window": 9, "activations": case.activations}
+    return Call(ops.sink_attention, arrays, ("out", "sink_share"), options, ("sink_share",))
 
 
 def _quantize(function: Callable[..., Any], outputs: dict[str, Any]) -> Call:
@@ -162,8 +161,9 @@ _CALLS: dict[str, Callable[[], Call]] = {
     "mxfp4_moe_int8": lambda: _mxfp4_moe("int8"),
     "kv_cache_write": lambda: _kv_cache_write(np.float32),
     "kv_cache_write int8": lambda: _kv_cache_write(np.int8),
-    "sink_attention": lambda: _sink_attention("bfloat16"),
-    "sink_attention int8": lambda: _sink_attention("int8"),
+    "sink_attention f32": lambda: _sink_attention("bfloat16"),
+    "sink_attention bf16": lambda: _sink_attention("bfloat16/bf16"),
+    "sink_attention int8": lambda: _sink_attention("int8/bf16"),
     "mxfp4_dequantize": _mxfp4_dequantize,
     "mxfp4_quantize": lambda: _quantize(
         _core.mxfp4_quantize, {"blocks": np.zeros((4, 2, 16), np.uint8), "scales": np.zeros((4, 2), np.uint8)}

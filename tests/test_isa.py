@@ -29,7 +29,9 @@ TABLES = {
     "mxfp4_moe_bf16": ("mxfp4_moe_bf16", "mxfp4_moe_bf16_mxfp4", {"avx512": "avx512bf16"}),
     "mxfp4_moe_int8": ("mxfp4_moe_int8", "mxfp4_moe_int8_mxfp4", {"avx512": "avx512vnni"}),
     "mxfp4_moe_combine": ("mxfp4_moe_f32", "combine", {}),
-    "sink_attention": ("sink_attention", "sink_attention", {}),
+    "kv_cache_write": ("kv_cache_write", "kv_cache_write", {}),
+    "sink_attention_f32": ("sink_attention f32", "sink_attention_f32", {}),
+    "sink_attention_bf16": ("sink_attention bf16", "sink_attention_bf16", {"avx512": "avx512bf16"}),
 }
 
 

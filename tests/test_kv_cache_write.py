@@ -57,7 +57,9 @@ def assert_stored(x, stored, scales):
 @pytest.mark.parametrize("x_dtype", FLOATS)
 @pytest.mark.parametrize(("heads", "head_dim", "block_size"), [(1, 1, 1), (2, 16, 16), (8, 64, 5), (3, 80, 65)])
 @pytest.mark.parametrize("num_tokens", [0, 1, 13])
-def test_rounds_into_the_named_slots_and_leaves_the_others(dtype, x_dtype, heads, head_dim, block_size, num_tokens):
+def test_rounds_into_the_named_slots_and_leaves_the_others(
+    isa, dtype, x_dtype, heads, head_dim, block_size, num_tokens
+):
     cache = Cache(26 // block_size + 1, heads, block_size, head_dim, dtype)
     k, v = keys_and_values(num_tokens, heads, head_dim, x_dtype)
     all_slots = np.random.default_rng(0).permutation(cache.arrays[0].shape[0] * block_size)
@@ -73,7 +75,7 @@ def test_rounds_into_the_named_slots_and_leaves_the_others(dtype, x_dtype, heads
 
 
 @pytest.mark.parametrize("dtype", KV_DTYPES)
-def test_matches_the_reference_and_stays_within_a_full_cache(dtype):
+def test_matches_the_reference_and_stays_within_a_full_cache(isa, dtype):
     cache = Cache(3, 2, 8, 16, dtype)
     k, v = keys_and_values(24, 2, 16)
     slots = np.random.default_rng(1).permutation(24)
@@ -96,8 +98,24 @@ def test_a_slot_named_twice_keeps_the_later_token(dtype):
         assert_exact(got, want)
 
 
+@pytest.mark.parametrize("dtype", KV_DTYPES)
+@pytest.mark.parametrize("threads", [1, 2, 3])
+def test_many_tokens_give_the_same_bytes_on_any_threads_and_instructions(isa, dtype, threads):
+    k, v = keys_and_values(100, 3, 40)
+    slots = np.random.default_rng(0).integers(0, 60, 100)  # many of them twice
+    last = [np.flatnonzero(slots == slot)[-1] for slot in np.unique(slots)]
+    got, want = Cache(12, 3, 5, 40, dtype), Cache(12, 3, 5, 40, dtype)
+    with ops.num_threads(threads):
+        got.write(k, v, slots)
+    with ops.num_threads(1), ops.isa("scalar"):
+        for token in last:
+            want.write(k[token : token + 1], v[token : token + 1], slots[token : token + 1])
+    for a, b in zip(got.arrays, want.arrays, strict=True):
+        assert a.tobytes() == b.tobytes()
+
+
 @pytest.mark.parametrize("x_dtype", FLOATS)
-def test_token_strides(x_dtype):
+def test_token_strides(isa, x_dtype):
     k, v = keys_and_values(5, 2, 16, x_dtype)
     apart, together = (Cache(2, 2, 4, 16, "bfloat16") for _ in range(2))
     apart.write(strided(k), strided(v, 7), range(5))
@@ -111,7 +129,7 @@ def test_token_strides(x_dtype):
             assert_exact(got, want)
 
 
-def test_bfloat16_rounds_to_nearest_even_and_keeps_nan():
+def test_bfloat16_rounds_to_nearest_even_and_keeps_nan(isa):
     k = np.array(
         [1 + 2**-8, 1 + 3 * 2**-8, -(1 + 2**-8), 1 + 1.001 * 2**-8, np.nan, np.inf, 3.4e38, -0.0], np.float32
     )
@@ -123,7 +141,7 @@ def test_bfloat16_rounds_to_nearest_even_and_keeps_nan():
     )
 
 
-def test_int8_of_extremes():
+def test_int8_of_extremes(isa):
     rows = np.zeros((6, 1, 16), np.float32)
     rows[1] = 1e-44  # below what has a reciprocal: zero, with the scale it has
     rows[2, 0, 3] = np.nan
@@ -140,7 +158,7 @@ def test_int8_of_extremes():
     assert k[0, 0, 5].tolist()[::15] == [-127, 127]
 
 
-def test_whole_numbers_are_exact_in_int8():
+def test_whole_numbers_are_exact_in_int8(isa):
     rng = np.random.default_rng(0)
     k = rng.integers(-127, 128, (5, 2, 64)).astype(np.float32)
     k[..., 7] = 127

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from attention_case import KV_DTYPES, Stored, make, torch_attention
+from attention_case import KV_MODES, Stored, make, torch_attention
 from compare import assert_close, assert_exact, poisoned
 from mxmoe import ops
 from mxmoe.reference import ops as reference
@@ -22,28 +23,38 @@ def run(case, dtype="float32", **kwargs):
 
 
 def check(got, case, dtype="float32"):
-    want = case.run(reference.sink_attention)
+    exact = replace(case, q=case.rounded_q)
+    want = exact.run(reference.sink_attention)
     # Values of both signs may cancel: errors are measured against what the same weights make of their magnitudes.
-    magnitudes = case.run(reference.sink_attention, v_cache=np.abs(case.kwargs["v_cache"]))
+    magnitudes = exact.run(reference.sink_attention, v_cache=np.abs(case.kwargs["v_cache"]))
     scale = np.sqrt(np.mean(magnitudes**2, axis=-1, keepdims=True))
-    assert_close(got, want, baseline=torch_attention(case, dtype)[0], dtype=dtype, scale=scale)
+    coarsest = "bfloat16" if case.rounds else dtype
+    baseline = torch_attention(case, dtype)[0]
+    assert_close(got, want, baseline=baseline, dtype=coarsest, out_dtype=dtype, scale=scale)
+
+
+def break_at(stored, at, broken):
+    """Put a NaN or an infinity at a position: in the values, or in the scale of an int8 cache."""
+    array = stored.values if stored.scales is None else stored.scales
+    array[at] = broken
 
 
 @pytest.mark.parametrize("head_dim", [1, 2, 4, 7, 8, 15, 16, 17, 24, 32, 48, 64, 65, 80, 96, 128, 160, 255, 256])
-@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize("kv_dtype", KV_MODES)
 def test_any_head_dim(isa, head_dim, kv_dtype):
     case = make([(20, 70), (1, 9)], head_dim=head_dim, kv_dtype=kv_dtype)
     check(run(case, misalign=1), case)
 
 
+@pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16/bf16"])
 @pytest.mark.parametrize("heads", [(1, 1), (3, 3), (4, 2), (8, 1), (64, 8), (64, 1), (65, 1), (130, 2), (192, 1)])
 @pytest.mark.parametrize("window", [None, 20])
-def test_any_number_of_heads(isa, heads, window):
-    case = make([(3, 70), (7, 30)], heads, window=window)
+def test_any_number_of_heads(isa, heads, window, kv_dtype):
+    case = make([(3, 70), (7, 30)], heads, kv_dtype=kv_dtype, window=window)
     check(run(case), case)
 
 
-@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize("kv_dtype", KV_MODES)
 @pytest.mark.parametrize("q_dtype", FLOATS)
 @pytest.mark.parametrize("y_dtype", FLOATS)
 @pytest.mark.parametrize("sinks_dtype", FLOATS)
@@ -52,28 +63,31 @@ def test_any_dtypes(isa, kv_dtype, q_dtype, y_dtype, sinks_dtype):
     check(run(case, y_dtype), case, y_dtype)
 
 
+@pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16/bf16"])
 @pytest.mark.parametrize("window", [None, 1, 2, 15, 16, 17, 63, 64, 65, 127, 128, 129, 199, 200, 201, 2**31, 2**62])
 @pytest.mark.parametrize("new", [1, 70, 200])
-def test_any_window(isa, window, new):
-    case = make([(new, 200)], (2, 1), window=window)
+def test_any_window(isa, window, new, kv_dtype):
+    case = make([(new, 200)], (2, 1), kv_dtype=kv_dtype, window=window)
     check(run(case), case)
 
 
-def test_window_of_zero_is_none(isa):
-    case = make([(70, 70)])
+@pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16/bf16"])
+def test_window_of_zero_is_none(isa, kv_dtype):
+    case = make([(70, 70)], kv_dtype=kv_dtype)
     assert_exact(case.run(sliding_window=0), case.run())
 
 
+@pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16/bf16"])
 @pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 127, 128, 129, 193])
 @pytest.mark.parametrize("new", [1, 2, 64])
 @pytest.mark.parametrize("window", [None, 64])
-def test_any_length(isa, length, new, window):
-    case = make([(min(new, length), length)] * 8, (4, 1), 32, window=window)
+def test_any_length(isa, length, new, window, kv_dtype):
+    case = make([(min(new, length), length)] * 8, (4, 1), 32, kv_dtype, window=window)
     check(run(case), case)
 
 
 @pytest.mark.parametrize("block_size", [1, 16, 64, 65, 300])
-@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize("kv_dtype", KV_MODES)
 @pytest.mark.parametrize("window", [None, 33])
 def test_ragged_batches_on_any_pages(isa, block_size, kv_dtype, window):
     case = make(RAGGED, kv_dtype=kv_dtype, window=window, block_size=block_size)
@@ -91,7 +105,7 @@ def test_nothing_to_do(isa, sequences):
     assert ops.sink_attention(case.q[:0], **kwargs).shape == (0, 4, 16)
 
 
-@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize("kv_dtype", KV_MODES)
 @pytest.mark.parametrize("window", [None, 1, 50])
 def test_sink_share(isa, kv_dtype, window):
     case = make(RAGGED, kv_dtype=kv_dtype, window=window)
@@ -101,8 +115,9 @@ def test_sink_share(isa, kv_dtype, window):
     assert_exact(ops.sink_attention(case.q, **kwargs, sink_share=share), got)
     beside()
     want = np.empty(share.shape)
-    reference.sink_attention(case.q, **kwargs, sink_share=want)
-    assert_close(share, want, baseline=torch_attention(case)[1], scale=1.0)
+    reference.sink_attention(case.rounded_q, **kwargs, sink_share=want)
+    coarsest = "bfloat16" if case.rounds else "float32"
+    assert_close(share, want, baseline=torch_attention(case)[1], dtype=coarsest, out_dtype="float32", scale=1.0)
 
 
 def test_without_sinks_it_is_plain_attention(isa):
@@ -118,23 +133,25 @@ def test_without_sinks_it_is_plain_attention(isa):
     assert_exact(share, np.zeros((70, 2), np.float32))
 
 
-def test_a_great_sink_takes_everything(isa):
-    case = make([(70, 70)])
+@pytest.mark.parametrize("kv_dtype", KV_MODES)
+def test_a_great_sink_takes_everything(isa, kv_dtype):
+    case = make([(70, 70)], kv_dtype=kv_dtype)
     case.sinks[:] = 1e30
     share = np.full((70, 4), np.nan, np.float32)
     assert_exact(case.run(sink_share=share), np.zeros_like(case.q))
     assert_exact(share, np.ones((70, 4), np.float32))
 
 
+@pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16/bf16"])
 @pytest.mark.parametrize("sm_scale", [0.0, 1e-3, 1.0, 20.0, -1.0])
 @pytest.mark.parametrize("sink", [-1e4, -30.0, 30.0])
-def test_scores_of_any_size(isa, sm_scale, sink):
-    case = replace(make([(20, 100)], head_dim=32), sm_scale=sm_scale)
+def test_scores_of_any_size(isa, sm_scale, sink, kv_dtype):
+    case = replace(make([(20, 100)], head_dim=32, kv_dtype=kv_dtype), sm_scale=sm_scale)
     case.sinks[:] = sink
     check(run(case), case)
 
 
-@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize("kv_dtype", KV_MODES)
 def test_token_strides(isa, kv_dtype):
     case = make([(9, 40)], kv_dtype=kv_dtype)
     want = case.run()
@@ -146,7 +163,7 @@ def test_token_strides(isa, kv_dtype):
     assert_exact(replace(case, q=rows[:, :4]).run(), want)
 
 
-@pytest.mark.parametrize("kv_dtype", KV_DTYPES)
+@pytest.mark.parametrize("kv_dtype", KV_MODES)
 @pytest.mark.parametrize("heads", [(4, 2), (3, 1), (130, 2)])
 @pytest.mark.parametrize("window", [None, 1, 2, 64, 100])
 def test_bits_do_not_depend_on_the_split(isa, kv_dtype, heads, window):
@@ -159,9 +176,10 @@ def test_bits_do_not_depend_on_the_split(isa, kv_dtype, heads, window):
         assert_exact(np.concatenate(parts), want)
 
 
+@pytest.mark.parametrize("kv_dtype", KV_MODES)
 @pytest.mark.parametrize("window", [None, 33])
-def test_bits_do_not_depend_on_pages_threads_and_company(isa, window):
-    case = make(RAGGED, kv_dtype="bfloat16", window=window)
+def test_bits_do_not_depend_on_pages_threads_and_company(isa, window, kv_dtype):
+    case = make(RAGGED, kv_dtype=kv_dtype, window=window)
     with ops.num_threads(1):
         want = case.run()
     for threads in (2, 3):
@@ -183,27 +201,29 @@ def test_bits_do_not_depend_on_pages_threads_and_company(isa, window):
     assert_exact(shuffled.run(), np.concatenate([want[cu[b] : cu[b + 1]] for b in order]))
 
 
+@pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16/bf16", "int8/bf16"])
 @pytest.mark.parametrize("broken", [np.nan, np.inf])
 @pytest.mark.parametrize("heads", [(4, 1), (3, 1), (2, 2)])
 @pytest.mark.parametrize("window", [None, 5, 70])
 @pytest.mark.parametrize("at", [0, 20, 64, 99])
-def test_a_broken_key_is_felt_where_it_is_seen_and_nowhere_else(isa, broken, heads, window, at):
-    case = make([(100, 100)], heads, window=window)
+def test_a_broken_key_is_felt_where_it_is_seen_and_nowhere_else(isa, broken, heads, window, at, kv_dtype):
+    case = make([(100, 100)], heads, kv_dtype=kv_dtype, window=window)
     want = case.run()
     position = np.arange(100)
     seen = (position >= at) & (position - at < (window or 200))
-    for stored in (case.keys, case.values):
-        kept = stored[0].values.copy()
-        stored[0].values[at] = broken
+    for (stored,) in (case.keys, case.values):
+        kept = deepcopy(stored)
+        break_at(stored, at, broken)
         got = case.run()
         assert_exact(got[~seen], want[~seen])
         if np.isnan(broken):
             assert np.isnan(got[seen]).all()
-        stored[0].values[...] = kept
+        stored.values, stored.scales = kept.values, kept.scales
 
 
-def test_a_broken_query_stays_alone(isa):
-    case = make([(40, 40)])
+@pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16/bf16"])
+def test_a_broken_query_stays_alone(isa, kv_dtype):
+    case = make([(40, 40)], kv_dtype=kv_dtype)
     want = case.run()
     case.q[20, 1, 3] = np.nan
     got = case.run()

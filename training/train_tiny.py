@@ -10,6 +10,10 @@ bf16) from the first step, so that exporting costs nothing.  One command, from t
 It runs on the CPU, one process a core, and goes on from its last checkpoint when started again with the same folder;
 another ``--steps`` moves the end, and with it the start of the final fall of the learning rate.  Data and first
 weights follow from ``--seed``.
+
+The shipped weights saw 11500 steps, some two and a half hours on two Zen 5 cores, in stages: the wording of the
+problems was refined at steps 3000 and 11000, and each stage ended with a fall of the rate.  They solve 98.6% of 1000
+held-out problems (``mxmoe eval --n-per-task 100``).
 """
 
 from __future__ import annotations
@@ -233,7 +237,7 @@ def main() -> None:
     """Read the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for tokenizer.json and training.pt")
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=11500)
     parser.add_argument("--batch", type=int, default=64, help="conversations a step, over all workers")
     parser.add_argument("--lr", type=float, default=0.02, help="of Muon")
     parser.add_argument("--adam-lr", type=float, default=3e-3)

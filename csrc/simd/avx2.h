@@ -78,6 +78,32 @@ inline f32v select_lt(f32v a, f32v b, f32v x, f32v y) {
   return {_mm256_blendv_ps(y.v, x.v, _mm256_cmp_ps(a.v, b.v, _CMP_LT_OQ))};
 }
 inline f32v iota() { return {_mm256_setr_ps(0, 1, 2, 3, 4, 5, 6, 7)}; }
+inline void transpose(f32v (&rows)[kLanes]) {
+  __m256 pairs[8], fours[8];
+  for (int i = 0; i < 8; i += 2) {
+    pairs[i] = _mm256_unpacklo_ps(rows[i].v, rows[i + 1].v);
+    pairs[i + 1] = _mm256_unpackhi_ps(rows[i].v, rows[i + 1].v);
+  }
+  for (int i = 0; i < 8; i += 4) {  // fours[i + c]: columns c and c + 4 of rows i to i + 3
+    for (int c = 0; c < 2; ++c) {
+      fours[i + 2 * c] = _mm256_shuffle_ps(pairs[i + c], pairs[i + 2 + c], 0x44);
+      fours[i + 2 * c + 1] = _mm256_shuffle_ps(pairs[i + c], pairs[i + 2 + c], 0xee);
+    }
+  }
+  for (int c = 0; c < 4; ++c) {
+    rows[c].v = _mm256_permute2f128_ps(fours[c], fours[4 + c], 0x20);
+    rows[4 + c].v = _mm256_permute2f128_ps(fours[c], fours[4 + c], 0x31);
+  }
+}
+// Asks for the cache line at p, which need not be readable. Not as an intrinsic: GCC takes a function that only
+// prefetches for one without effect and drops its calls.
+inline void prefetch(const void* p) {
+#if defined(__GNUC__)
+  __asm__ volatile("prefetcht0 (%0)" : : "r"(p));
+#else
+  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+#endif
+}
 inline float reduce_add(f32v x) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(x.v), _mm256_extractf128_ps(x.v, 1));
   s = _mm_add_ps(s, _mm_movehl_ps(s, s));

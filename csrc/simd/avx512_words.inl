@@ -55,6 +55,38 @@ inline f32v select_lt(f32v a, f32v b, f32v x, f32v y) {
   return {_mm512_mask_mov_ps(y.v, _mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), x.v)};
 }
 inline f32v iota() { return {_mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15)}; }
+inline void transpose(f32v (&rows)[kLanes]) {
+  __m512 pairs[16], fours[16];
+  for (int i = 0; i < 16; i += 2) {
+    pairs[i] = _mm512_unpacklo_ps(rows[i].v, rows[i + 1].v);
+    pairs[i + 1] = _mm512_unpackhi_ps(rows[i].v, rows[i + 1].v);
+  }
+  for (int i = 0; i < 16; i += 4) {  // fours[i + c]: columns c, c + 4, c + 8 and c + 12 of rows i to i + 3
+    for (int c = 0; c < 2; ++c) {
+      fours[i + 2 * c] = _mm512_shuffle_ps(pairs[i + c], pairs[i + 2 + c], 0x44);
+      fours[i + 2 * c + 1] = _mm512_shuffle_ps(pairs[i + c], pairs[i + 2 + c], 0xee);
+    }
+  }
+  for (int c = 0; c < 4; ++c) {
+    const __m512 even0 = _mm512_shuffle_f32x4(fours[c], fours[4 + c], 0x88);
+    const __m512 even1 = _mm512_shuffle_f32x4(fours[8 + c], fours[12 + c], 0x88);
+    const __m512 odd0 = _mm512_shuffle_f32x4(fours[c], fours[4 + c], 0xdd);
+    const __m512 odd1 = _mm512_shuffle_f32x4(fours[8 + c], fours[12 + c], 0xdd);
+    rows[c].v = _mm512_shuffle_f32x4(even0, even1, 0x88);
+    rows[4 + c].v = _mm512_shuffle_f32x4(odd0, odd1, 0x88);
+    rows[8 + c].v = _mm512_shuffle_f32x4(even0, even1, 0xdd);
+    rows[12 + c].v = _mm512_shuffle_f32x4(odd0, odd1, 0xdd);
+  }
+}
+// Asks for the cache line at p, which need not be readable. Not as an intrinsic: GCC takes a function that only
+// prefetches for one without effect and drops its calls.
+inline void prefetch(const void* p) {
+#if defined(__GNUC__)
+  __asm__ volatile("prefetcht0 (%0)" : : "r"(p));
+#else
+  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
+#endif
+}
 inline float reduce_add(f32v x) {
   const __m256 h = _mm256_add_ps(_mm512_castps512_ps256(x.v), _mm512_extractf32x8_ps(x.v, 1));
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));

@@ -103,6 +103,15 @@ inline f32v select_lt(f32v a, f32v b, f32v x, f32v y) {
   return y;
 }
 inline f32v iota() { return {{0, 1, 2, 3}}; }
+inline void transpose(f32v (&rows)[kLanes]) {
+  for (int i = 0; i < kLanes; ++i) {
+    for (int j = 0; j < i; ++j) {
+      const float x = rows[i].lane[j];
+      rows[i].lane[j] = rows[j].lane[i], rows[j].lane[i] = x;
+    }
+  }
+}
+inline void prefetch(const void*) {}  // portable code does without
 inline float reduce_add(f32v v) { return (v.lane[0] + v.lane[2]) + (v.lane[1] + v.lane[3]); }
 inline float reduce_max(f32v v) {
   const f32v m = max(v, f32v{{v.lane[2], v.lane[3], v.lane[0], v.lane[1]}});

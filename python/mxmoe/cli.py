@@ -31,7 +31,7 @@ ModelOption = Annotated[
 ]
 DeviceOption = Annotated[str, typer.Option("--device", help="Where to run: cpu.")]
 DenseOption = Annotated[str | None, typer.Option("--dense", help="Dense weights: bf16 or int8.")]
-KvOption = Annotated[str | None, typer.Option("--kv", help="KV cache: bf16, float32 or int8.")]
+KvOption = Annotated[str | None, typer.Option("--kv", help="KV cache: float32, bf16 or int8.")]
 ActivationsOption = Annotated[
     str | None, typer.Option("--activations", help="Rounding of activations: bf16, float32 or int8.")
 ]

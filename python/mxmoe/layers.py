@@ -180,6 +180,7 @@ class Attention:
     head_dim: int
     sm_scale: float
     window: int | None
+    activations: str
 
     @property
     def projections(self) -> tuple[Linear, Linear, Linear, Linear]:
@@ -210,6 +211,7 @@ class Attention:
             seq_lens=step.seq_lens,
             sm_scale=self.sm_scale,
             sliding_window=self.window,
+            activations=self.activations,
             sink_share=share,
             **scales,
         )  # (T, Hq, D)

@@ -106,6 +106,7 @@ class _Builder:
             head_dim=config.head_dim,
             sm_scale=config.sm_scale,
             window=config.window(i),
+            activations=self.options.activations,
         )
         experts = Experts(
             ops=ops,
@@ -166,10 +167,11 @@ def load(
     dense : {"bf16", "int8"}
         Attention projections and lm_head as stored, or rounded to int8 with a scale per block of 32 while loading.
         A projection whose input is no multiple of 32 stays bf16; `Model.components` and ``mxmoe info`` tell.
-    kv : {"bf16", "float32", "int8"}
+    kv : {"float32", "bf16", "int8"}
         Dtype of the KV cache.
     activations : {"bf16", "float32", "int8"}
-        What activations are rounded to before they meet a weight. Defaults of these three: `LoadOptions`.
+        What activations are rounded to before they meet a weight; past "float32", attention also rounds what
+        meets a bf16 or int8 cache. Defaults of these three: `LoadOptions`.
     num_threads : int
         0 for as many as this process has CPUs.
     backend : {"kernels", "reference"}

@@ -33,7 +33,7 @@ class LoadOptions:
 
     device: str = "cpu"
     dense: Literal["bf16", "int8"] = "bf16"
-    kv: Literal["float32", "bf16", "int8"] = "bf16"
+    kv: Literal["float32", "bf16", "int8"] = "float32"
     activations: Literal["float32", "bf16", "int8"] = "bf16"
     num_threads: int = 0
     backend: Literal["kernels", "reference"] = "kernels"

@@ -508,6 +508,7 @@ def sink_attention(
     seq_lens: Array,
     sm_scale: float,
     sliding_window: int | None = None,
+    activations: Activations = "bf16",
     k_scales: Array | None = None,
     v_scales: Array | None = None,
     sink_share: Array | None = None,
@@ -537,6 +538,12 @@ def sink_attention(
         Multiplies the scores; usually ``head_dim ** -0.5``.
     sliding_window : int, optional
         In keys, the query's own included; None or 0 for full attention.
+    activations : {"float32", "bf16", "int8"}
+        "float32" rounds nothing before `out`, nor do the others with a float32 cache. The others, which are one here,
+        round queries for a bfloat16 cache to bfloat16, for an int8 cache to 1 / 16256 of a head's largest magnitude,
+        and round the softmax weights to bfloat16 as they multiply the values. The denominator sums the weights of a
+        bfloat16 cache as rounded. The scales of an int8 cache multiply the scores and, before their rounding, the
+        weights.
     k_scales, v_scales : array, shape (num_blocks, num_key_value_heads, block_size), float32
         With an int8 cache only.
     sink_share : array, shape (num_tokens, num_attention_heads), float32, optional
@@ -563,6 +570,7 @@ def sink_attention(
         seq_lens,
         sm_scale,
         sliding_window or 0,
+        activations,
         k_scales,
         v_scales,
         sink_share,

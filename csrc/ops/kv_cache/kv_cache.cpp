@@ -1,47 +1,24 @@
 #include "ops/kv_cache/kv_cache.h"
 
-#include <cmath>
-
 #include "core/check.h"
+#include "core/isa.h"
+#include "core/thread_pool.h"
 
 namespace mxmoe {
 namespace {
 
-// Writes one head of one token; returns the scale (1 unless the cache is int8).
-template <typename X>
-float write_head(const X* x, int64_t n, DType dtype, void* cache, int64_t at) {
-  if (dtype == DType::f32) {
-    for (int64_t i = 0; i < n; ++i) static_cast<float*>(cache)[at + i] = to_float(x[i]);
-    return 1.0f;
-  }
-  if (dtype == DType::bf16) {
-    for (int64_t i = 0; i < n; ++i) static_cast<bf16*>(cache)[at + i] = to_bf16(to_float(x[i]));
-    return 1.0f;
-  }
-  float amax = 0.0f, poison = 0.0f;
-  for (int64_t i = 0; i < n; ++i) {
-    amax = std::fmax(amax, std::fabs(to_float(x[i])));
-    poison += to_float(x[i]) * 0.0f;  // NaN once a value is not finite
-  }
-  const bool usable = amax > 1e-36f && poison == 0.0f;
-  const float inverse = usable ? 127.0f / amax : 0.0f;
-  for (int64_t i = 0; i < n; ++i) {
-    static_cast<int8_t*>(cache)[at + i] = usable ? static_cast<int8_t>(std::nearbyint(to_float(x[i]) * inverse)) : 0;
-  }
-  return amax / 127.0f + poison;
-}
+Dispatch<KvKernel> table("kv_cache_write", {MXMOE_X86({"kv_cache_write_avx512", kAvx512, kv_cache_write_avx512},
+                                                      {"kv_cache_write_avx2", kAvx2, kv_cache_write_avx2}){
+                                               "kv_cache_write_scalar", 0, kv_cache_write_scalar}});
 
-void write_token(const Tensor& x, int64_t token, const Tensor& cache, const Tensor& scales, int64_t slot) {
-  const int64_t heads = cache.shape[1], block_size = cache.shape[2], head_dim = cache.shape[3];
-  const int64_t block = slot / block_size, offset = slot % block_size;
-  for (int64_t head = 0; head < heads; ++head) {
-    const int64_t row = (block * heads + head) * block_size + offset;
-    const int64_t from = token * x.stride[0] + head * head_dim;
-    const float scale = x.dtype == DType::f32
-                            ? write_head(x.as<float>() + from, head_dim, cache.dtype, cache.data, row * head_dim)
-                            : write_head(x.as<bf16>() + from, head_dim, cache.dtype, cache.data, row * head_dim);
-    if (cache.dtype == DType::i8) scales.as<float>()[row] = scale;
-  }
+KvRows rows_of(const Tensor& x, const Tensor& cache, const Tensor& scales, const Tensor& slots, int64_t head) {
+  KvRows rows{};
+  rows.x = x.data, rows.x_dtype = x.dtype, rows.x_token_stride = x.stride[0];
+  rows.cache = cache.data, rows.cache_dtype = cache.dtype, rows.scales = scales.as<float>();
+  rows.slots = slots.as<int64_t>(), rows.num_tokens = slots.shape[0];
+  rows.head = head, rows.num_heads = cache.shape[1];
+  rows.block_size = cache.shape[2], rows.head_dim = cache.shape[3];
+  return rows;
 }
 
 }  // namespace
@@ -99,9 +76,19 @@ void kv_cache_write(const Tensor& k, const Tensor& v, const Tensor& slots, const
     const int64_t slot = slots.as<int64_t>()[t];
     check_value(slot >= 0 && slot < num_slots, "slots[", t, "] is ", slot, "; wanted 0 to ", num_slots - 1);
   }
-  for (int64_t t = 0; t < num_tokens; ++t) {
-    write_token(k, t, cache.k, cache.k_scales, slots.as<int64_t>()[t]);
-    write_token(v, t, cache.v, cache.v_scales, slots.as<int64_t>()[t]);
+  if (num_tokens == 0) return;
+  const KvKernel kernel = table.pick();
+  const auto write_head = [&](int64_t i) {
+    const int64_t head = i / 2;
+    kernel(i % 2 == 0 ? rows_of(k, cache.k, cache.k_scales, slots, head)
+                      : rows_of(v, cache.v, cache.v_scales, slots, head));
+  };
+  // Threads share out heads, not tokens, so that of two tokens in one slot the later one stays.
+  constexpr int64_t kTokensWorthThreads = 16;
+  if (num_tokens >= kTokensWorthThreads) {
+    parallel_for(2 * heads, write_head);
+  } else {
+    for (int64_t i = 0; i < 2 * heads; ++i) write_head(i);
   }
 }
 

@@ -8,7 +8,8 @@
 // Layout:   caches and scales contiguous; k and v may have a token stride.
 // Units:    slot = block * block_size + offset in the block.
 // Requires: 0 <= slots < num_blocks * block_size; k and v finite when the cache is int8 (else the scale is NaN).
-// Calls:    in place on the caches; no overlap; a slot named twice keeps the later token; one thread; no scratch.
+// Calls:    in place on the caches; no overlap; a slot named twice keeps the later token; heads of many tokens are
+//           spread over threads; no scratch; the bits are those of every instruction set and number of threads.
 // Source:   Kwon et al. 2023 (PagedAttention), section 4.
 #pragma once
 
@@ -21,6 +22,23 @@ struct KvCache {
 };
 
 void kv_cache_write(const Tensor& k, const Tensor& v, const Tensor& slots, const KvCache& cache);
+
+// All tokens of one head, in order.
+struct KvRows {
+  const void* x;  // of the first token and head
+  DType x_dtype;
+  int64_t x_token_stride;  // elements
+  void* cache;
+  DType cache_dtype;
+  float* scales;  // int8 only
+  const int64_t* slots;
+  int64_t num_tokens, head, num_heads, block_size, head_dim;
+};
+using KvKernel = void (*)(const KvRows&);
+
+void kv_cache_write_scalar(const KvRows&);
+void kv_cache_write_avx2(const KvRows&);
+void kv_cache_write_avx512(const KvRows&);
 
 // Shapes and dtypes of a cache, for every op that takes one.
 void check_kv_cache(const KvCache& cache);

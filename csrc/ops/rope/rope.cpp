@@ -65,13 +65,18 @@ void rope_cos_sin(const Tensor& positions, const Tensor& inv_freq, double scalin
     const int64_t position = positions.as<int64_t>()[t];
     check_value(position >= 0, "positions[", t, "] is ", position, "; wanted 0 or more");
   }
-  for (int64_t t = 0; t < num_tokens; ++t) {
+  const auto write_token = [&](int64_t t) {
     const double position = static_cast<double>(positions.as<int64_t>()[t]);
     for (int64_t i = 0; i < half; ++i) {
       const double angle = position * inv_freq.as<double>()[i];
       cos.as<float>()[t * half + i] = static_cast<float>(std::cos(angle) * scaling);
       sin.as<float>()[t * half + i] = static_cast<float>(std::sin(angle) * scaling);
     }
+  };
+  if (num_tokens < 8) {
+    for (int64_t t = 0; t < num_tokens; ++t) write_token(t);  // not worth waking a thread
+  } else {
+    parallel_for(num_tokens, write_token);
   }
 }
 

@@ -9,14 +9,21 @@
 //           block_table (num_sequences, max_blocks), the cache block that holds keys [b * block_size, (b + 1) *
 //           block_size); sink_share (num_tokens, num_attention_heads).
 // Dtypes:   q, y, sinks float32 or bfloat16; caches float32, bfloat16 or int8 with float32 scales; tables int32;
-//           sink_share float32. Keys and values are widened exactly; sums and softmax are float32; one rounding at y.
+//           sink_share float32. Sums and softmax are float32; one rounding at y. With a float32 cache or
+//           Activations::f32 nothing else is rounded: keys and values are widened exactly. Otherwise (bf16 or i8) two
+//           things are: q, to bfloat16 for a bfloat16 cache, to whole multiples of a head's amax / 16256 for an int8
+//           one; and the weights exp(s_j - m), m a running maximum of the scores, to bfloat16 as they multiply the
+//           values. The denominator sums the weights so rounded. An int8 cache's key scales multiply the scores, its
+//           value scales the weights before their rounding; there the denominator sums the weights with neither scale
+//           nor rounding.
 // Layout:   q and y contiguous but for a token stride; the rest contiguous.
 // Units:    sliding_window in keys, the query's own included; 0 means full attention.
 // Requires: the new tokens' keys are already in the cache; head_dim <= 256; Hq a multiple of Hkv; block_table entries
 //           of blocks with a visible key within [0, num_blocks), others are not looked at.
-// Calls:    no overlap; (sequence x key/value head x queries) is spread over threads; no scratch; keys are taken in
-//           blocks of 64 at fixed positions, so that a row's bits depend neither on its neighbours, nor on how the
-//           prompt was split, nor on the paging.
+// Calls:    no overlap; (sequence x key/value head x queries) is spread over threads, and where that is too little
+//           work for them, (x chunk of keys), which takes scratch for the chunks' sums. Keys are taken in steps of 64
+//           and summed up by chunks of 1024, both at fixed positions, and chunks are merged in order, so that a row's
+//           bits depend neither on its neighbours or the threads, nor on how the prompt was split, nor on the paging.
 // Source:   model card section 2.3; Dao 2023 (FlashAttention-2) section 3.1; Xiao et al. 2023 (attention sinks).
 #pragma once
 
@@ -30,11 +37,16 @@ struct AttentionBatch {
 };
 
 void sink_attention(const Tensor& q, const KvCache& cache, const Tensor& sinks, const AttentionBatch& batch,
-                    float sm_scale, int64_t sliding_window, const Tensor& sink_share, const Tensor& y);
+                    float sm_scale, int64_t sliding_window, Activations activations, const Tensor& sink_share,
+                    const Tensor& y);
 
 constexpr int kMaxHeadDim = 256;
-constexpr int kAttentionRows = 64;  // queries x heads of one item
-constexpr int kAttentionKeys = 64;  // keys of one step, at multiples of 64
+constexpr int kAttentionRows = 64;         // queries x heads of one item
+constexpr int kAttentionKeys = 64;         // keys of one step, at multiples of 64
+constexpr int64_t kAttentionChunk = 1024;  // keys that are summed before they meet the others
+constexpr int64_t kPartialHead = 16;       // maximum and denominator, and what keeps the values aligned
+// Floats of a row's sums over one chunk.
+inline int64_t partial_size(int64_t head_dim) { return kPartialHead + (head_dim + 15) / 16 * 16; }
 
 // Rows of one sequence that share a key/value head: tokens [0, num_tokens) x heads [0, num_heads), at most
 // kAttentionRows. Pointers are to the first token and head.
@@ -58,12 +70,21 @@ struct AttentionItem {
   const float* v_scales;
   DType kv_dtype;
   int64_t kv_head, num_kv_heads, block_size;
-  const int32_t* blocks;  // this sequence's row of the block table
+  const int32_t* blocks;           // this sequence's row of the block table
+  int64_t begin_chunk, end_chunk;  // of the keys to look at
+  // Where chunks are computed apart: [chunk - partial_chunk][row][partial_size]. Null when this item has them all.
+  float* partial;
+  int64_t partial_chunk;
 };
-using AttentionKernel = void (*)(const AttentionItem&);
 
-void sink_attention_scalar(const AttentionItem&);
-void sink_attention_avx2(const AttentionItem&);
-void sink_attention_avx512(const AttentionItem&);
+struct AttentionKernel {
+  void (*attend)(const AttentionItem&);  // writes y and sink_share, or partial sums
+  void (*merge)(const AttentionItem&);   // reads partial sums, writes y and sink_share
+};
+struct AttentionKernels {  // float32 throughout; q and weights rounded
+  AttentionKernel f32, bf16;
+};
+extern const AttentionKernels sink_attention_scalar, sink_attention_avx2, sink_attention_avx512;
+extern const AttentionKernel sink_attention_bf16_avx512x;
 
 }  // namespace mxmoe

@@ -13,7 +13,7 @@ namespace {
 }  // namespace
 }  // namespace avx2
 
-void sink_attention_avx2(const AttentionItem& item) { avx2::attention_item(item); }
+const AttentionKernels sink_attention_avx2 = avx2::kAttention;
 
 }  // namespace mxmoe
 #include "core/target_end.h"

@@ -13,7 +13,7 @@ namespace {
 }  // namespace
 }  // namespace avx512
 
-void sink_attention_avx512(const AttentionItem& item) { avx512::attention_item(item); }
+const AttentionKernels sink_attention_avx512 = avx512::kAttention;
 
 }  // namespace mxmoe
 #include "core/target_end.h"

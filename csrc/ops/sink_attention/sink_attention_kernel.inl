@@ -1,47 +1,63 @@
-// One item of sink_attention, in the vector vocabulary: online softmax over steps of 64 keys that starts from the
-// sink. Included inside a kernel's namespace and target region.
+// One item of sink_attention in float32, in the vector vocabulary: online softmax over steps of 64 keys. With
+// Rounded, queries and weights carry the values that the contract rounds them to. Included inside a kernel's
+// namespace and target region.
 
 #include "simd/math.inl"
+#include "ops/sink_attention/sink_attention_rows.inl"
 
-// All an item needs, on the stack of whichever thread runs it: 85 KB for head_dim 64, 280 KB for 256. kDim is
+// All an item needs, on the stack of whichever thread runs it: 102 KB for head_dim 64, 348 KB for 256. kDim is
 // head_dim rounded up to a size that is compiled for, so that rows lie close together.
 template <int kDim>
 struct AttentionState {
   float q[kAttentionRows][kDim];
-  float acc[kAttentionRows][kDim];
+  RowSums<kDim> total, chunk;
   float p[kAttentionRows][kAttentionKeys];
   float kt[kDim][kAttentionKeys];  // keys transposed: lanes are keys in the scores
   float v[kAttentionKeys][kDim];
-  float m[kAttentionRows], l[kAttentionRows];           // running maximum and denominator
+  float k_scale[kAttentionKeys], v_scale[kAttentionKeys];
+  int64_t slots[2][kAttentionKeys];                     // of this step and the next
   int64_t first[kAttentionRows], last[kAttentionRows];  // visible keys
 };
 
-template <typename T>
-inline void widen(const T* from, int64_t n, float scale, float* to) {
-  const f32v s = set1(scale);
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const int count = static_cast<int>(n - i < kLanes ? n - i : kLanes);
-    store(to + i, mul(load_n(from + i, count), s));
+// What a value becomes when it enters a product.
+template <bool Rounded>
+inline f32v rounded(f32v x) {
+  if (!Rounded) return x;
+  bf16 narrow[kLanes];
+  store(narrow, x);
+  return load(narrow);
+}
+
+// kLanes keys, whose first is key j of the step, from the cache to columns of kt.
+template <typename T, int kDim>
+inline void load_keys(const AttentionItem& t, const int64_t* slots, int64_t j, AttentionState<kDim>& s) {
+  for (int64_t d = 0; d < t.head_dim; d += kLanes) {
+    const int count = static_cast<int>(lesser(t.head_dim - d, kLanes));
+    f32v rows[kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+      const int64_t slot = slots[j + i];
+      rows[i] = slot < 0 ? zero() : load_n(static_cast<const T*>(t.k) + slot * t.head_dim + d, count);
+    }
+    transpose(rows);
+    for (int i = 0; i < kLanes; ++i) store(&s.kt[d + i][j], rows[i]);
   }
 }
 
-// Keys and values [begin, end) of the step that starts at `base`, in float32; the step's other keys are zero.
+// Keys and values of a step, in float32; where a slot is -1 they are zero.
 template <typename T, int kDim>
-inline void load_step(const AttentionItem& t, int64_t base, int64_t begin, int64_t end, AttentionState<kDim>& s) {
+inline void load_step(const AttentionItem& t, const int64_t* slots, const int64_t* next_slots,
+                      AttentionState<kDim>& s) {
+  for (int64_t j = 0; j < kAttentionKeys; j += kLanes) load_keys<T>(t, slots, j, s);
   for (int64_t j = 0; j < kAttentionKeys; ++j) {
-    const int64_t key = base + j;
-    float k_row[kDim];
-    if (key < begin || key >= end) {
-      for (int64_t d = 0; d < t.head_dim; ++d) s.kt[d][j] = 0.0f;
-      for (int64_t d = 0; d < kDim; ++d) s.v[j][d] = 0.0f;
-      continue;
+    prefetch_slot(t, next_slots[j], t.head_dim * static_cast<int64_t>(sizeof(T)));
+    const int64_t slot = slots[j];
+    for (int64_t d = 0; d < t.head_dim; d += kLanes) {
+      const int count = static_cast<int>(lesser(t.head_dim - d, kLanes));
+      store(&s.v[j][d], slot < 0 ? zero() : load_n(static_cast<const T*>(t.v) + slot * t.head_dim + d, count));
     }
-    const int64_t block = t.blocks[key / t.block_size];
-    const int64_t row = (block * t.num_kv_heads + t.kv_head) * t.block_size + key % t.block_size;
-    const bool scaled = t.k_scales != nullptr;
-    widen(static_cast<const T*>(t.k) + row * t.head_dim, t.head_dim, scaled ? t.k_scales[row] : 1.0f, k_row);
-    widen(static_cast<const T*>(t.v) + row * t.head_dim, t.head_dim, scaled ? t.v_scales[row] : 1.0f, s.v[j]);
-    for (int64_t d = 0; d < t.head_dim; ++d) s.kt[d][j] = k_row[d];
+    if (t.k_scales == nullptr) continue;
+    s.k_scale[j] = slot < 0 ? 0.0f : t.k_scales[slot];
+    s.v_scale[j] = slot < 0 ? 0.0f : t.v_scales[slot];
   }
 }
 
@@ -50,7 +66,7 @@ inline void load_step(const AttentionItem& t, int64_t base, int64_t begin, int64
 // its end.
 template <int R, int kDim>
 inline void scores(const AttentionItem& t, AttentionState<kDim>& s, int64_t row) {
-  constexpr int kVectors = kAttentionKeys / kLanes < 4 ? kAttentionKeys / kLanes : 4;
+  constexpr int kVectors = kLanes == 16 ? 4 : 2;  // R x kVectors sums stay in registers
   constexpr int64_t kPart = 4 * kLanes;
   for (int j = 0; j < kAttentionKeys; j += kVectors * kLanes) {
     for (int64_t part = 0; part < t.head_dim; part += kPart) {
@@ -78,36 +94,47 @@ inline void scores(const AttentionItem& t, AttentionState<kDim>& s, int64_t row)
   }
 }
 
-// Turns a row's scores into weights against the running maximum and scales what was summed before.
-template <int kDim>
+// Turns a row's scores into weights against the running maximum and scales what was summed before. The denominator
+// sums the weights as they multiply the values, but for an int8 cache, where they take the value's scale on as well.
+template <bool Rounded, int kDim>
 inline void softmax_step(const AttentionItem& t, AttentionState<kDim>& s, int64_t row, int64_t base) {
   const f32v masked = set1(float_from_bits(0xff800000u));  // -infinity
+  const bool scaled = t.k_scales != nullptr;
   // Visible are base + j with first <= base + j <= last; the differences fit float32 exactly once bounded.
-  const int64_t from = s.first[row] - base, to = s.last[row] - base;
-  const f32v below = set1(static_cast<float>(from < 0 ? 0 : from));
-  const f32v above = set1(static_cast<float>(to > kAttentionKeys ? kAttentionKeys : to));
+  const f32v below = set1(static_cast<float>(greater(s.first[row] - base, 0)));
+  const f32v above = set1(static_cast<float>(lesser(s.last[row] - base, kAttentionKeys)));
   float* p = s.p[row];
   f32v largest = masked;
   for (int j = 0; j < kAttentionKeys; j += kLanes) {
     const f32v index = add(iota(), set1(static_cast<float>(j)));
-    f32v x = select_lt(index, below, masked, load(p + j));
+    f32v x = scaled ? mul(load(p + j), load(s.k_scale + j)) : load(p + j);
+    x = select_lt(index, below, masked, x);
     x = select_lt(above, index, masked, x);
     largest = max(x, largest);
     store(p + j, x);
   }
-  const float block_max = reduce_max(largest);
-  const float m = s.m[row] < block_max ? block_max : s.m[row];
+  const float before = s.chunk.m[row], step_max = reduce_max(largest), m = before < step_max ? step_max : before;
   f32v sum = zero();
   for (int j = 0; j < kAttentionKeys; j += kLanes) {
-    const f32v e = exp(sub(load(p + j), set1(m)));
+    f32v e = exp(sub(load(p + j), set1(m)));
+    if (!scaled) e = rounded<Rounded>(e);
     sum = add(sum, e);
-    store(p + j, e);
+    store(p + j, scaled ? rounded<Rounded>(mul(e, load(s.v_scale + j))) : e);
   }
-  const float rescale = std::exp(s.m[row] - m);
-  s.l[row] = s.l[row] * rescale + reduce_add(sum);
-  s.m[row] = m;
-  if (rescale == 1.0f) return;
-  for (int64_t d = 0; d < t.head_dim; d += kLanes) store(&s.acc[row][d], mul(load(&s.acc[row][d]), set1(rescale)));
+  s.chunk.m[row] = m;
+  const f32v rescale = exp(set1(before - m));
+  store_n(&s.chunk.l[row], fma(set1(s.chunk.l[row]), rescale, set1(reduce_add(sum))), 1);
+  if (before == m) return;
+  for (int64_t d = 0; d < t.head_dim; d += kLanes) {
+    store(&s.chunk.acc[row][d], mul(load(&s.chunk.acc[row][d]), rescale));
+  }
+}
+
+// Plus p[j] v[j] for keys [from, to) of a step; v points at the place in the head of key 0.
+template <int kDim>
+inline f32v add_keys(f32v sum, const float* p, const float* v, int64_t from, int64_t to) {
+  for (int64_t j = from; j < to; ++j) sum = fma(set1(p[j]), load(v + j * kDim), sum);
+  return sum;
 }
 
 // acc[r] += sum_j p[r][j] v[j], keys in order. A row takes its visible keys only: 0 times a NaN or infinity that
@@ -116,110 +143,117 @@ template <int R, int kDim>
 inline void add_values(const AttentionItem& t, AttentionState<kDim>& s, int64_t row, int64_t base) {
   int64_t begin[R], end[R], shared_begin = 0, shared_end = kAttentionKeys;
   for (int r = 0; r < R; ++r) {
-    begin[r] = s.first[row + r] < base ? 0 : s.first[row + r] - base;
-    end[r] = s.last[row + r] - base < kAttentionKeys ? s.last[row + r] - base + 1 : kAttentionKeys;
-    if (begin[r] > shared_begin) shared_begin = begin[r];
-    if (end[r] < shared_end) shared_end = end[r];
+    begin[r] = greater(s.first[row + r] - base, 0);
+    end[r] = lesser(s.last[row + r] - base + 1, kAttentionKeys);
+    shared_begin = greater(begin[r], shared_begin);
+    shared_end = lesser(end[r], shared_end);
   }
-  if (shared_end < shared_begin) shared_end = shared_begin;
-  for (int64_t d = 0; d < t.head_dim; d += kLanes) {
+  shared_end = greater(shared_begin, shared_end);
+  // Pointers, since GCC 12's choice of induction variables loses the sums of `s.chunk.acc[row + r][d]` for kDim 128.
+  const float* p = s.p[row];
+  float* acc = s.chunk.acc[row];
+  for (int64_t d = 0; d < t.head_dim; d += kLanes, acc += kLanes) {
+    const float* v = s.v[0] + d;
     f32v sum[R];
-    const auto add_own = [&](int r, int64_t from, int64_t to) {
-      for (int64_t j = from; j < to; ++j) sum[r] = fma(set1(s.p[row + r][j]), load(&s.v[j][d]), sum[r]);
-    };
     for (int r = 0; r < R; ++r) {
-      sum[r] = load(&s.acc[row + r][d]);
-      add_own(r, begin[r], end[r] < shared_begin ? end[r] : shared_begin);
+      sum[r] = load(acc + r * kDim);
+      sum[r] = add_keys<kDim>(sum[r], p + r * kAttentionKeys, v, begin[r], lesser(end[r], shared_begin));
     }
     for (int64_t j = shared_begin; j < shared_end; ++j) {
-      const f32v v = load(&s.v[j][d]);
-      for (int r = 0; r < R; ++r) sum[r] = fma(set1(s.p[row + r][j]), v, sum[r]);
+      const f32v shared = load(v + j * kDim);
+      for (int r = 0; r < R; ++r) sum[r] = fma(set1(p[r * kAttentionKeys + j]), shared, sum[r]);
     }
     for (int r = 0; r < R; ++r) {
-      add_own(r, begin[r] > shared_end ? begin[r] : shared_end, end[r]);
-      store(&s.acc[row + r][d], sum[r]);
+      sum[r] = add_keys<kDim>(sum[r], p + r * kAttentionKeys, v, greater(begin[r], shared_end), end[r]);
+      store(acc + r * kDim, sum[r]);
     }
   }
 }
 
-template <typename T, int kDim>
-inline void attend(const AttentionItem& t, AttentionState<kDim>& s, int64_t rows) {
-  const int64_t begin = s.first[0], end = s.last[rows - 1] + 1;
-  for (int64_t base = begin / kAttentionKeys * kAttentionKeys; base < end; base += kAttentionKeys) {
-    load_step<T>(t, base, begin, end, s);
-    // Rows are ordered by position: those that see nothing of this step stand at either end and are left alone, so
-    // that they come out as if they had been alone.
-    int64_t row = 0, stop = rows;
-    while (row < stop && s.last[row] < base) ++row;
-    while (stop > row && s.first[stop - 1] >= base + kAttentionKeys) --stop;
-    constexpr int R = 4;
-    for (int64_t r = row; r < stop;) {
-      const int count = r + R <= stop ? R : 1;
-      count == R ? scores<R>(t, s, r) : scores<1>(t, s, r);
-      for (int i = 0; i < count; ++i) softmax_step(t, s, r + i, base);
-      count == R ? add_values<R>(t, s, r, base) : add_values<1>(t, s, r, base);
-      r += count;
-    }
+// One step for rows [row, stop): as many at once as share the work well, the rest alone.
+template <bool Rounded, int kDim>
+inline void attend_step(const AttentionItem& t, AttentionState<kDim>& s, int64_t base) {
+  // Rows that see nothing of this step stand at either end and are left alone, so that they come out as if they had
+  // been alone.
+  int64_t row = 0, stop = num_rows(t);
+  while (row < stop && s.last[row] < base) ++row;
+  while (stop > row && s.first[stop - 1] >= base + kAttentionKeys) --stop;
+  constexpr int R = 4;
+  while (row < stop) {
+    const int count = row + R <= stop ? R : 1;
+    count == R ? scores<R>(t, s, row) : scores<1>(t, s, row);
+    for (int i = 0; i < count; ++i) softmax_step<Rounded>(t, s, row + i, base);
+    count == R ? add_values<R>(t, s, row, base) : add_values<1>(t, s, row, base);
+    row += count;
+  }
+}
+
+template <bool Rounded, typename T, int kDim>
+inline void attend_chunk(const AttentionItem& t, AttentionState<kDim>& s, int64_t chunk) {
+  for (int64_t row = 0; row < num_rows(t); ++row) {
+    s.chunk.m[row] = kLowest, s.chunk.l[row] = 0.0f;
+    for (int64_t d = 0; d < t.head_dim; d += kLanes) store(&s.chunk.acc[row][d], zero());
+  }
+  const int64_t begin = greater(s.first[0], chunk * kAttentionChunk);
+  const int64_t end = lesser(s.last[num_rows(t) - 1] + 1, (chunk + 1) * kAttentionChunk);
+  int64_t base = begin / kAttentionKeys * kAttentionKeys;
+  locate(t, base, begin, end, s.slots[0]);
+  for (int now = 0; base < end; base += kAttentionKeys, now ^= 1) {
+    locate(t, base + kAttentionKeys, begin, end, s.slots[now ^ 1]);
+    load_step<T>(t, s.slots[now], s.slots[now ^ 1], s);
+    attend_step<Rounded>(t, s, base);
   }
 }
 
 template <int kDim>
+inline void round_query(const AttentionItem& t, float (&q)[kDim]) {
+  f32v largest = zero(), poison = zero();
+  for (int64_t d = 0; d < t.head_dim; d += kLanes) {
+    const f32v x = load_n(q + d, static_cast<int>(lesser(t.head_dim - d, kLanes)));
+    largest = max(abs(x), largest);
+    poison = add(mul(x, zero()), poison);  // NaN once a value is not finite
+  }
+  const QueryScale scale = query_scale(reduce_max(largest), reduce_add(poison));
+  for (int64_t d = 0; d < t.head_dim; d += kLanes) {
+    const f32v code = scale.inverse == 0.0f ? zero() : round(mul(load(q + d), set1(scale.inverse)));
+    store(q + d, mul(code, set1(scale.scale)));
+  }
+}
+
+template <bool Rounded, int kDim>
 inline void load_rows(const AttentionItem& t, AttentionState<kDim>& s) {
-  for (int64_t i = 0; i < t.num_tokens; ++i) {
-    for (int64_t h = 0; h < t.num_heads; ++h) {
-      const int64_t row = i * t.num_heads + h, at = i * t.q_token_stride + h * t.head_dim;
-      if (t.q_dtype == DType::f32) {
-        widen(static_cast<const float*>(t.q) + at, t.head_dim, 1.0f, s.q[row]);
-      } else {
-        widen(static_cast<const bf16*>(t.q) + at, t.head_dim, 1.0f, s.q[row]);
-      }
-      for (int64_t d = 0; d < t.head_dim; d += kLanes) store(&s.acc[row][d], zero());
-      // The sink is the first logit of the online softmax. A sink of -infinity counts nothing.
-      const float lowest = -3.0e38f;
-      s.m[row] = t.sinks[h] < lowest ? lowest : t.sinks[h];
-      s.l[row] = t.sinks[h] < lowest ? 0.0f : 1.0f;
-      s.last[row] = t.first_position + i;
-      const int64_t oldest = s.last[row] - t.sliding_window + 1;
-      s.first[row] = t.sliding_window > 0 && oldest > 0 ? oldest : 0;
+  for (int64_t row = 0; row < num_rows(t); ++row) {
+    const int64_t at = row / t.num_heads * t.q_token_stride + row % t.num_heads * t.head_dim;
+    for (int64_t d = 0; d < t.head_dim; d += kLanes) {
+      const int count = static_cast<int>(lesser(t.head_dim - d, kLanes));
+      const f32v q = t.q_dtype == DType::f32 ? load_n(static_cast<const float*>(t.q) + at + d, count)
+                                             : load_n(static_cast<const bf16*>(t.q) + at + d, count);
+      store(&s.q[row][d], t.kv_dtype == DType::bf16 ? rounded<Rounded>(q) : q);
     }
+    if (Rounded && t.kv_dtype == DType::i8) round_query(t, s.q[row]);
+    s.first[row] = first_key(t, row), s.last[row] = last_key(t, row);
   }
 }
 
-template <int kDim>
-inline void store_rows(const AttentionItem& t, const AttentionState<kDim>& s) {
-  for (int64_t i = 0; i < t.num_tokens; ++i) {
-    for (int64_t h = 0; h < t.num_heads; ++h) {
-      const int64_t row = i * t.num_heads + h, at = i * t.y_token_stride + h * t.head_dim;
-      const f32v l = set1(s.l[row]);
-      for (int64_t d = 0; d < t.head_dim; d += kLanes) {
-        const int count = static_cast<int>(t.head_dim - d < kLanes ? t.head_dim - d : kLanes);
-        const f32v value = div(load(&s.acc[row][d]), l);
-        if (t.y_dtype == DType::f32) {
-          store_n(static_cast<float*>(t.y) + at + d, value, count);
-        } else {
-          store_n(static_cast<bf16*>(t.y) + at + d, value, count);
-        }
-      }
-      if (t.sink_share != nullptr) {
-        t.sink_share[i * t.share_token_stride + h] = std::exp(t.sinks[h] - s.m[row]) / s.l[row];
-      }
-    }
-  }
-}
-
-template <int kDim>
+template <bool Rounded, int kDim>
 inline void attention_of(const AttentionItem& t) {
   AttentionState<kDim> s;
-  load_rows(t, s);
-  const int64_t rows = t.num_tokens * t.num_heads;
-  if (t.kv_dtype == DType::f32) attend<float>(t, s, rows);
-  if (t.kv_dtype == DType::bf16) attend<bf16>(t, s, rows);
-  if (t.kv_dtype == DType::i8) attend<int8_t>(t, s, rows);
-  store_rows(t, s);
+  load_rows<Rounded>(t, s);
+  begin_at_sinks(t, s.total);
+  for (int64_t chunk = t.begin_chunk; chunk < t.end_chunk; ++chunk) {
+    if (t.kv_dtype == DType::f32) attend_chunk<false, float>(t, s, chunk);
+    if (t.kv_dtype == DType::bf16) attend_chunk<Rounded, bf16>(t, s, chunk);
+    if (t.kv_dtype == DType::i8) attend_chunk<Rounded, int8_t>(t, s, chunk);
+    finish_chunk(t, chunk, s.chunk, s.total);
+  }
+  if (t.partial == nullptr) store_rows(t, s.total);
 }
 
+template <bool Rounded>
 inline void attention_item(const AttentionItem& t) {
-  if (t.head_dim <= 64) return attention_of<64>(t);
-  if (t.head_dim <= 128) return attention_of<128>(t);
-  attention_of<kMaxHeadDim>(t);
+  if (t.head_dim <= 64) return attention_of<Rounded, 64>(t);
+  if (t.head_dim <= 128) return attention_of<Rounded, 128>(t);
+  attention_of<Rounded, kMaxHeadDim>(t);
 }
+
+constexpr AttentionKernels kAttention = {{attention_item<false>, merge_chunks}, {attention_item<true>, merge_chunks}};

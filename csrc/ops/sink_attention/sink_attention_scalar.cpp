@@ -11,6 +11,6 @@ namespace {
 }  // namespace
 }  // namespace scalar
 
-void sink_attention_scalar(const AttentionItem& item) { scalar::attention_item(item); }
+const AttentionKernels sink_attention_scalar = scalar::kAttention;
 
 }  // namespace mxmoe

@@ -479,6 +479,7 @@ def sink_attention(
     seq_lens: ArrayLike,
     sm_scale: float,
     sliding_window: int | None = None,
+    activations: str = "float32",
     k_scales: Array | None = None,
     v_scales: Array | None = None,
     sink_share: Array | None = None,
