@@ -2,6 +2,7 @@
 
     python bench/make_checkpoint.py --size 20b OUT
     python bench/make_checkpoint.py --size 120b --layers 2 --layout original OUT
+    python bench/make_checkpoint.py --size 20b --gguf OUT.gguf OUT
 
 The statistics are those of a freshly initialised network: activations stay near 1, logits near a standard
 deviation of 2, the router's choices vary. The same seed gives the same weights in every layout. Bytes come
@@ -81,7 +82,9 @@ SMALL = ModelConfig(
     rope=YARN,
     eos_token_ids=(511,),
 )
-SIZES = {"tiny": SMALL, "20b": BIG, "120b": replace(BIG, num_hidden_layers=36, num_experts=128)}
+_ALTERNATING = ("sliding_attention", "full_attention")
+BIGGEST = replace(BIG, num_hidden_layers=36, num_experts=128, layer_types=_ALTERNATING * 18)
+SIZES = {"tiny": SMALL, "20b": BIG, "120b": BIGGEST}
 LAYOUTS = tuple(TENSOR_NAMES)
 
 # Primes: a walk of any stride through a pool comes back to its start only after the whole pool.
@@ -347,6 +350,12 @@ def main() -> int:
     parser.add_argument(
         "--tokenizer", type=Path, metavar="FILE", help="tokenizer.json to copy in (default: one that spells bytes)"
     )
+    parser.add_argument(
+        "--gguf", type=Path, metavar="FILE", help="also write the same weights as GGUF (needs the gguf package)"
+    )
+    parser.add_argument(
+        "--gguf-dense", choices=("q8_0", "bf16"), default="q8_0", help="its dense weights (default: q8_0)"
+    )
     args = parser.parse_args()
     config = SIZES[args.size]
     if args.layers is not None:
@@ -363,7 +372,12 @@ def main() -> int:
             shutil.copyfile(args.tokenizer, args.out / "tokenizer.json")
         else:
             byte_tokenizer(config.vocab_size).save(str(args.out / "tokenizer.json"), pretty=False)
-    except OSError as problem:
+        if args.gguf is not None:
+            from gguf_file import write_gguf
+
+            tokenizer = args.out / "tokenizer.json"
+            write_gguf(args.gguf, config, tokenizer, seed=args.seed, dense=args.gguf_dense, report=print)
+    except (OSError, ImportError) as problem:
         print(f"error: {problem}", file=sys.stderr)
         return 1
     return 0

@@ -96,10 +96,47 @@ def test_functions_and_instructions_are_rendered(model: str, tmp_path: Path) -> 
 
 
 def test_bench_json(model: str) -> None:
-    result = run_json("bench", "-m", model, "-p", "40", "-n", "3", "--depth", "5", "-t", "1")
-    assert result["prefill"]["tokens_per_s"] > 0 and result["decode"]["tokens_per_s"] > 0
+    arguments = ["bench", "-m", model, "-p", "40", "-n", "3", "--depth", "5", "-t", "1", "-r", "2"]
+    result = run_json(*arguments, "--dense", "int8", "--activations", "float32")
+    prefill, decode, ceilings = result["prefill"], result["decode"], result["ceilings"]
     assert result["peak_rss_bytes"] > 10_000_000
-    assert (result["prefill"]["tokens"], result["decode"]["tokens"], result["depth"]) == (40, 3, 5)
+    assert (prefill["tokens"], decode["tokens"], result["depth"], result["batch"]) == (40, 3, 5, 1)
+    assert (result["dense"], result["threads"], result["repetitions"]) == ("int8", 1, 2)
+    assert ceilings["samples"] == 5  # before, between and after two repetitions of two parts
+    assert ceilings["read_gb_s_min"] <= ceilings["read_gb_s"] <= ceilings["read_gb_s_max"]
+    assert min(ceilings[name] for name in ("read_gb_s", "int8_gop_s", "bf16_gflop_s", "float32_gflop_s")) > 0
+    for part in (prefill, decode):
+        assert 0 < part["tokens_per_s_min"] <= part["tokens_per_s"] <= part["tokens_per_s_max"]
+        assert part["tokens_per_s"] == pytest.approx(part["tokens"] / part["seconds"])
+    # The shares are what the costs say of the speeds.
+    costs = mxmoe.costs.Costs(mxmoe.Checkpoint.open(model).config, "int8", "bf16")
+    rate = costs.prefill_operations(40, depth=5) / prefill["seconds"] / 1e9
+    assert prefill["share_of_peak"] == pytest.approx(rate / ceilings["float32_gflop_s"])
+    read = sum(costs.decode_bytes(depth) for depth in (5, 6, 7)) / decode["seconds"] / 1e9
+    assert decode["share_of_bandwidth"] == pytest.approx(read / ceilings["read_gb_s"])
+
+
+def test_bench_counts_the_experts_of_a_batch(model: str) -> None:
+    result = run_json("bench", "-m", model, "-p", "2", "-n", "2", "--batch", "3", "-t", "1", "-r", "1")
+    config = mxmoe.Checkpoint.open(model).config
+    assert result["decode"]["tokens"] == 6 and result["batch"] == 3
+    assert config.experts_per_token <= result["decode"]["experts_read"] <= config.num_experts
+    one = run_json("bench", "-m", model, "-p", "2", "-n", "2", "-t", "1", "-r", "1")
+    assert one["decode"]["experts_read"] == config.experts_per_token
+    assert result["decode"]["gb_per_token"] < one["decode"]["gb_per_token"]
+
+
+def test_bench_for_people(model: str) -> None:
+    done = run("bench", "-m", model, "-p", "4", "-n", "2", "-t", "1", "-r", "1", env={"COLUMNS": "200"})
+    assert done.returncode == 0 and done.stderr == ""
+    for word in ("prefill", "decode", "GFLOP/s", "GB/s", "peak resident memory", "1 threads"):
+        assert word in done.stdout, done.stdout
+
+
+def test_bench_leaves_its_own_buffer_out_of_the_memory(model: str) -> None:
+    """The ceilings are read from hundreds of megabytes that are not the model's."""
+    result = run_json("bench", "-m", model, "-p", "2", "-n", "1", "-t", "1", "-r", "1")
+    assert result["peak_rss_bytes"] < 200 << 20
 
 
 def test_info_counts_every_byte(model: str) -> None:
@@ -164,6 +201,9 @@ BAD_USAGE = {
     "negative threads": ["info", "-t", "-1"],
     "bench nothing": ["bench", "-p", "0"],
     "bench negative depth": ["bench", "--depth", "-1"],
+    "bench empty batch": ["bench", "--batch", "0"],
+    "bench no repetition": ["bench", "-r", "0"],
+    "bench past the context": ["bench", "--depth", "200000"],
     "eval nothing": ["eval", "--n-per-task", "0"],
     "eval a model without harmony": ["eval", "--model", "MODEL-WITHOUT-TOKENIZER"],
 }

@@ -6,10 +6,10 @@ import json
 import math
 
 import pytest
-from make_checkpoint import config_json
 
 import checkpoints
 from checkpoints import assert_clear
+from make_checkpoint import config_json
 from mxmoe.config import ConfigError, ModelConfig, RopeConfig
 
 YARN = {

@@ -32,13 +32,21 @@ TABLES = {
     "kv_cache_write": ("kv_cache_write", "kv_cache_write", {}),
     "sink_attention_f32": ("sink_attention f32", "sink_attention_f32", {}),
     "sink_attention_bf16": ("sink_attention bf16", "sink_attention_bf16", {"avx512": "avx512bf16"}),
+    "ceilings_read": ("ceilings_read", "read", {}),
+    "ceilings_int8": ("ceilings_int8", "peak_int8", {"avx512": "avx512vnni"}),
+    "ceilings_bf16": (
+        "ceilings_bf16",
+        "peak_bf16",
+        {level: f"as_float32_{level}" for level in ("scalar", "avx2", "avx512base")} | {"avx512": "avx512bf16"},
+    ),
+    "ceilings_float32": ("ceilings_float32", "peak_float32", {}),
 }
 
 
 def expected_kernel(table, level):
     _, prefix, endings = TABLES[table]
-    ending = endings.get(level, level) if HAS_DOT else level
-    return f"{prefix}_{'avx512' if ending == 'avx512base' else ending}"
+    level = level if HAS_DOT or level != "avx512" else "avx512base"
+    return f"{prefix}_{endings.get(level, level).replace('avx512base', 'avx512')}"
 
 
 def run_python(code, **environment):

@@ -1,4 +1,4 @@
-// The memory layout of DLPack 1.0 structures, as its specification fixes it.
+// The memory layout of DLPack 1.0 structures and of 1.3's table of functions, as its specification fixes them.
 #pragma once
 
 #include <cstdint>
@@ -43,6 +43,18 @@ struct ManagedVersioned {
   void (*deleter)(ManagedVersioned*);
   uint64_t flags;
   Array array;
+};
+
+// A type's way to export without a Python call, in a capsule that its __dlpack_c_exchange_api__ holds. Functions
+// return 0, or set a Python error; null is allowed for `view` alone. The table lives as long as the process.
+struct ExchangeApi {
+  Version version;
+  ExchangeApi* previous;
+  void* unused_allocate;
+  int (*managed)(void* object, ManagedVersioned** out);
+  void* unused_to_object;
+  int (*view)(void* object, Array* out);  // borrowed from the object
+  void* unused_stream;
 };
 
 }  // namespace dlpack

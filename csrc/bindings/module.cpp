@@ -66,4 +66,5 @@ PYBIND11_MODULE(_core, m) {
   mxmoe::bind_embedding(m);
   mxmoe::bind_quantize(m);
   mxmoe::bind_pack(m);
+  mxmoe::bind_ceilings(m);
 }

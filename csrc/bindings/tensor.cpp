@@ -1,5 +1,7 @@
 #include "bindings/tensor.h"
 
+#include <memory>
+
 #include "bindings/dlpack_abi.h"
 #include "core/check.h"
 
@@ -127,6 +129,22 @@ void export_dlpack(py::object& owner, py::handle object, const char* name) {
   }
 }
 
+void from_dlpack_array(Tensor& t, const dlpack::Array& array, const char* name, bool writable) {
+  check_value(array.device.type == dlpack::kCpu || array.device.type == dlpack::kCudaHost, name,
+              " is not in CPU memory");
+  t.dtype = from_dlpack_dtype(name, array.dtype);
+  check_value(array.ndim >= 0 && array.ndim <= kMaxDims, name, " has ", array.ndim, " axes; wanted at most ",
+              kMaxDims);
+  py::ssize_t shape[kMaxDims], strides[kMaxDims];
+  int64_t contiguous = dtype_size(t.dtype);
+  for (int i = array.ndim - 1; i >= 0; --i) {
+    shape[i] = array.shape[i];
+    strides[i] = array.strides != nullptr ? array.strides[i] * dtype_size(t.dtype) : contiguous;
+    contiguous *= array.shape[i];
+  }
+  fill(t, name, {static_cast<char*>(array.data) + array.byte_offset, array.ndim, shape, strides}, writable);
+}
+
 // The capsule stays ours unconsumed: when it is dropped, its own destructor frees the export.
 void from_dlpack(Tensor& t, py::object& owner, py::handle object, const char* name, bool writable) {
   export_dlpack(owner, object, name);
@@ -143,19 +161,55 @@ void from_dlpack(Tensor& t, py::object& owner, py::handle object, const char* na
   } else {
     throw TypeError(concat(name, " exports something that is no DLPack capsule"));
   }
-  check_value(array->device.type == dlpack::kCpu || array->device.type == dlpack::kCudaHost, name,
-              " is not in CPU memory");
-  t.dtype = from_dlpack_dtype(name, array->dtype);
-  check_value(array->ndim >= 0 && array->ndim <= kMaxDims, name, " has ", array->ndim, " axes; wanted at most ",
-              kMaxDims);
-  py::ssize_t shape[kMaxDims], strides[kMaxDims];
-  int64_t contiguous = dtype_size(t.dtype);
-  for (int i = array->ndim - 1; i >= 0; --i) {
-    shape[i] = array->shape[i];
-    strides[i] = array->strides != nullptr ? array->strides[i] * dtype_size(t.dtype) : contiguous;
-    contiguous *= array->shape[i];
+  from_dlpack_array(t, *array, name, writable);
+}
+
+const dlpack::ExchangeApi* exchange_api(py::handle object) {
+  static PyObject* const attribute = PyUnicode_InternFromString("__dlpack_c_exchange_api__");
+  const auto capsule = py::reinterpret_steal<py::object>(
+      PyObject_GetAttr(reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())), attribute));
+  if (!capsule || !PyCapsule_IsValid(capsule.ptr(), "dlpack_exchange_api")) {
+    PyErr_Clear();  // a type without it
+    return nullptr;
   }
-  fill(t, name, {static_cast<char*>(array->data) + array->byte_offset, array->ndim, shape, strides}, writable);
+  const auto* api =
+      static_cast<const dlpack::ExchangeApi*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
+  return api->version.major == 1 ? api : nullptr;
+}
+
+bool needs_gradient(py::handle object) {
+  static PyObject* const attribute = PyUnicode_InternFromString("requires_grad");
+  const auto value = py::reinterpret_steal<py::object>(PyObject_GetAttr(object.ptr(), attribute));
+  if (!value) PyErr_Clear();
+  return value.ptr() == Py_True;
+}
+
+struct DropExport {
+  void operator()(dlpack::ManagedVersioned* managed) const {
+    if (managed->deleter != nullptr) managed->deleter(managed);
+  }
+};
+
+// The same array as from_dlpack where the type offers it, without a call of __dlpack__, which takes longer than an
+// op on one token. False for whatever is out of the ordinary, so that its errors come from one place.
+bool from_exchange_api(Tensor& t, py::handle object, const char* name, bool writable) {
+  const dlpack::ExchangeApi* api = exchange_api(object);
+  // __dlpack__ refuses what a gradient must be computed of; the table does not.
+  if (api == nullptr || needs_gradient(object)) return false;
+  dlpack::Array array{};
+  std::unique_ptr<dlpack::ManagedVersioned, DropExport> managed;
+  if (!writable && api->view != nullptr) {
+    if (api->view(object.ptr(), &array) != 0) return PyErr_Clear(), false;
+  } else {  // which alone tells whether it may be written
+    dlpack::ManagedVersioned* exported = nullptr;
+    if (api->managed(object.ptr(), &exported) != 0 || exported == nullptr) return PyErr_Clear(), false;
+    managed.reset(exported);
+    if (exported->flags & dlpack::kReadOnly) return false;
+    array = exported->array;
+  }
+  if (array.device.type != dlpack::kCpu) return false;
+  from_dlpack_array(t, array, name, writable);
+  return true;
 }
 
 void from_buffer(Tensor& t, py::object& owner, py::handle object, const char* name, bool writable) {
@@ -172,6 +226,8 @@ TensorArg to_tensor(py::handle object, const char* name, bool writable) {
   arg.owner_ = py::reinterpret_borrow<py::object>(object);
   if (py::isinstance<py::array>(object)) {
     from_numpy(arg.tensor_, object, name, writable);
+  } else if (from_exchange_api(arg.tensor_, object, name, writable)) {
+    return arg;
   } else if (py::hasattr(object, "__dlpack__") && py::hasattr(object, "__dlpack_device__")) {
     from_dlpack(arg.tensor_, arg.owner_, object, name, writable);
   } else if (PyObject_CheckBuffer(object.ptr())) {

@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mxmoe import harmony, ops, reference
+    from mxmoe import ceilings, costs, harmony, ops, reference
     from mxmoe.checkpoint import Checkpoint, CheckpointError
     from mxmoe.config import ConfigError, ModelConfig
     from mxmoe.doctor import doctor
@@ -37,7 +37,7 @@ _HOME = {
     "doctor": "doctor",
     "load": "loading",
 }
-_MODULES = ("harmony", "ops", "reference")
+_MODULES = ("ceilings", "costs", "harmony", "ops", "reference")
 
 __all__ = [
     "Checkpoint",
@@ -51,6 +51,8 @@ __all__ = [
     "ModelConfig",
     "Tokenizer",
     "TokenizerError",
+    "ceilings",
+    "costs",
     "doctor",
     "harmony",
     "load",

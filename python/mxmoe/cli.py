@@ -105,7 +105,9 @@ def bench(
     model: ModelOption = "tiny",
     prompt_tokens: Annotated[int, typer.Option("-p", help="Tokens to prefill.")] = 512,
     new_tokens: Annotated[int, typer.Option("-n", help="Tokens to decode.")] = 64,
-    depth: Annotated[int, typer.Option("--depth", "-d", help="Tokens in the cache beforehand.")] = 0,
+    depth: Annotated[int, typer.Option("--depth", "-d", help="Tokens in the cache before either.")] = 0,
+    batch: Annotated[int, typer.Option("--batch", "-b", help="Sequences that decode together.")] = 1,
+    repetitions: Annotated[int, typer.Option("--repetitions", "-r", help="The medians of so many count.")] = 3,
     device: DeviceOption = "cpu",
     dense: DenseOption = None,
     kv: KvOption = None,
@@ -113,12 +115,13 @@ def bench(
     threads: ThreadsOption = 0,
     as_json: JsonOption = False,
 ) -> None:
-    """Measure prefill and decode in tokens per second."""
+    """Measure prefill and decode in tokens per second, and what share of this machine's ceilings that is."""
     from mxmoe.commands import bench as command
 
-    command.check(prompt_tokens, new_tokens, depth)
+    plan = command.Plan(prompt_tokens, new_tokens, depth, batch, repetitions)
+    plan.check()
     loaded = _load(model, device, dense, kv, activations, threads)
-    result = command.run(loaded, prompt_tokens, new_tokens, depth)
+    result = command.run(loaded, plan, progress=sys.stderr.isatty())
     _print_json(result) if as_json else command.show(result)
 
 
