@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from mxmoe.reference import ops
 
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
+modeling_gpt_oss = pytest.importorskip("transformers.models.gpt_oss.modeling_gpt_oss")
 
 YARN = RopeConfig(150000.0, 32.0, 4096, 32.0, 1.0, False)
 SHORT_YARN = RopeConfig(10000.0, 4.0, 64, 8.0, 2.0, False)
@@ -206,6 +208,20 @@ class _RoundingCache(transformers.DynamicCache):
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
 
+def _attention_in_bf16(module: Any, query: Any, key: Any, value: Any, mask: Any, scaling: float, **_: Any) -> Any:
+    """Attend as transformers' eager attention does, with queries and softmax weights rounded to bfloat16."""
+    key = modeling_gpt_oss.repeat_kv(key, module.num_key_value_groups)
+    value = modeling_gpt_oss.repeat_kv(value, module.num_key_value_groups)
+    scores = round_bf16(query) @ key.transpose(2, 3) * scaling
+    if mask is not None:
+        scores = scores + mask[..., : key.shape[-2]]
+    sinks = module.sinks.reshape(1, -1, 1, 1).to(scores.dtype)
+    largest = torch.maximum(scores.amax(-1, keepdim=True), sinks)
+    weights = round_bf16(torch.exp(scores - largest))
+    shares = weights / (weights.sum(-1, keepdim=True) + torch.exp(sinks - largest))
+    return (shares @ value).transpose(1, 2).contiguous(), shares
+
+
 def rounded_logits(checkpoint: Checkpoint, ids: Any, mode: Mode, dtype: Any = None) -> Any:
     """Run transformers' model with the roundings of `mode` put in; (T, vocab_size) float64.
 
@@ -221,4 +237,8 @@ def rounded_logits(checkpoint: Checkpoint, ids: Any, mode: Mode, dtype: Any = No
         experts.register_forward_pre_hook(lambda _, args: (mode.of_expert(args[0]), *args[1:]))
         apply_gate = experts._apply_gate
         experts._apply_gate = lambda gate_up, gate=apply_gate: mode.of_expert(gate(gate_up))
-    return logits_of(model, ids, _RoundingCache(mode))
+    attention = modeling_gpt_oss.eager_attention_forward
+    if mode.kv == "bf16" and mode.activations != "float32":
+        attention = _attention_in_bf16
+    with mock.patch.object(modeling_gpt_oss, "eager_attention_forward", attention):
+        return logits_of(model, ids, _RoundingCache(mode))

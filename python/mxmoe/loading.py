@@ -203,10 +203,11 @@ def load(
     share = checkpoint.nbytes // (config.num_hidden_layers + 1)
     layers = []
     with _progress_bar(f"Loading {path.name}", share * (config.num_hidden_layers + 1), progress) as advance:
+        # The largest matrix first: what it takes to convert it is given back before the layers come.
+        lm_head = build.lm_head()
+        advance(share)
         for i in range(config.num_hidden_layers):
             layers.append(build.layer(i))
             advance(share)
-        embed_tokens = Embedding(build.ops, checkpoint.embed_tokens)
-        norm, lm_head = build.norm(checkpoint.norm), build.lm_head()
-        advance(share)
+        embed_tokens, norm = Embedding(build.ops, checkpoint.embed_tokens), build.norm(checkpoint.norm)
     return Model(config, checkpoint.path, options, tokenizer, embed_tokens, layers, norm, lm_head)

@@ -33,8 +33,8 @@ Dispatch<Fn> int8_int8("linear_int8_int8",
                                   {"linear_int8_int8_avx2", kAvx2, &linear_avx2.int8_int8}){
                            "linear_int8_int8_scalar", 0, &linear_scalar.int8_int8}});
 
-// Weights packed by panels have three axes.
-bool is_packed(const Tensor& weight) { return weight.ndim == 3; }
+// Weights packed by panels have three axes, and are never int8: codes are raised.
+bool is_packed(const Tensor& weight) { return weight.ndim == 3 && weight.dtype != DType::i8; }
 
 const LinearKernel& pick(Activations activations, DType weight) {
   if (weight == DType::bf16) return activations == Activations::f32 ? *f32_bf16.pick() : *bf16_bf16.pick();

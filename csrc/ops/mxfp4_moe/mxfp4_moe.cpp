@@ -118,7 +118,8 @@ struct Grouped {
   PreparedRows x;
   const int64_t* rows;     // by sorted pair: its row in x
   const int32_t* offsets;  // by expert
-  int64_t num_experts;
+  const int32_t* busy;     // the experts that have rows
+  int64_t num_busy;
   const Tensor& blocks;
   const Tensor& scales;
   const Tensor& bias;
@@ -129,15 +130,12 @@ struct Grouped {
 };
 
 void run_grouped(const Grouped& g, const MoeParams& params, void (*kernel)(const MoeTile&)) {
-  int64_t busy = 0;
-  for (int64_t e = 0; e < g.num_experts; ++e) busy += g.offsets[e + 1] > g.offsets[e] ? 1 : 0;
-  const int64_t rows_per_tile = tile_rows(busy * g.num_rows);
+  const int64_t rows_per_tile = tile_rows(g.num_busy * g.num_rows);
   const int64_t tiles = (g.num_rows + rows_per_tile - 1) / rows_per_tile;
   const int64_t lines = g.packed ? kPanelRows : 1;  // weight rows from stride to stride
-  parallel_for(g.num_experts * tiles, [&](int64_t item) {
-    const int64_t e = item / tiles, n = item % tiles * rows_per_tile;
+  parallel_for(g.num_busy * tiles, [&](int64_t item) {
+    const int64_t e = g.busy[item / tiles], n = item % tiles * rows_per_tile;
     const int64_t begin = g.offsets[e], count = g.offsets[e + 1] - begin;
-    if (count == 0) return;
     MoeTile t{};
     t.x = g.x;
     t.rows = g.rows + begin, t.num_rows = count;
@@ -192,7 +190,8 @@ void mxfp4_moe(const Tensor& x, const Tensor& topk_ids, const Tensor& topk_weigh
                   prepared_bytes(pairs, s.intermediate_size, kernel.value_bytes, kernel.block_floats) +
                   Scratch::bytes<float>(inner) + Scratch::bytes<float>(hidden) + 3 * Scratch::bytes<int64_t>(count) +
                   Scratch::bytes<int32_t>(count) + Scratch::bytes<const float*>(count) +
-                  Scratch::bytes<int32_t>(static_cast<size_t>(s.num_experts) + 1));
+                  Scratch::bytes<int32_t>(static_cast<size_t>(s.num_experts) + 1) +
+                  Scratch::bytes<int32_t>(static_cast<size_t>(s.num_experts)));
   const PreparedRows x_rows =
       take_prepared(scratch, s.num_tokens, s.hidden_size, kernel.value_bytes, kernel.block_floats);
   const PreparedRows a_rows =
@@ -205,9 +204,14 @@ void mxfp4_moe(const Tensor& x, const Tensor& topk_ids, const Tensor& topk_weigh
   int32_t* order = scratch.take<int32_t>(count);
   const float** row_scratch = scratch.take<const float*>(count);
   int32_t* offsets = scratch.take<int32_t>(static_cast<size_t>(s.num_experts) + 1);
+  int32_t* busy = scratch.take<int32_t>(static_cast<size_t>(s.num_experts));
 
   sort_by_expert(topk_ids.as<int32_t>(), pairs, params.first_expert, s.num_experts, offsets, order);
   const int64_t held = offsets[s.num_experts];
+  int64_t num_busy = 0;
+  for (int64_t e = 0; e < s.num_experts; ++e) {
+    if (offsets[e + 1] > offsets[e]) busy[num_busy++] = static_cast<int32_t>(e);
+  }
   for (int64_t pair = 0; pair < pairs; ++pair) sorted_of[pair] = -1;
   for (int64_t i = 0; i < held; ++i) {
     token_of[i] = order[i] / s.experts_per_token;
@@ -222,12 +226,12 @@ void mxfp4_moe(const Tensor& x, const Tensor& topk_ids, const Tensor& topk_weigh
       prepare.b16(x.as<bf16>() + t * x.stride[0], s.hidden_size, x_rows, t);
     }
   });
-  run_grouped({x_rows, token_of, offsets, s.num_experts, w.gate_up_blocks, w.gate_up_scales, w.gate_up_bias,
+  run_grouped({x_rows, token_of, offsets, busy, num_busy, w.gate_up_blocks, w.gate_up_scales, w.gate_up_bias,
                2 * s.intermediate_size, s.hidden_size, activated, s.intermediate_size, s.packed},
               params, kernel.gate_up);
   parallel_for(held,
                [&](int64_t i) { prepare.f32(activated + i * s.intermediate_size, s.intermediate_size, a_rows, i); });
-  run_grouped({a_rows, identity, offsets, s.num_experts, w.down_blocks, w.down_scales, w.down_bias, s.hidden_size,
+  run_grouped({a_rows, identity, offsets, busy, num_busy, w.down_blocks, w.down_scales, w.down_bias, s.hidden_size,
                s.intermediate_size, down, s.hidden_size, s.packed},
               params, kernel.down);
   run_combine(s, sorted_of, down, topk_weights, residual, y, row_scratch);
