@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -51,7 +52,7 @@ class Mxmoe:
         return self._model.forward(ids, cache=self._cache, logits=logits)  # type: ignore[call-overload, no-any-return]
 
 
-class _Llama:
+class _Llama(ABC):
     """What llama.cpp and ik_llama.cpp have in common: a C interface through ctypes, `C`."""
 
     C: Any
@@ -79,8 +80,9 @@ class _Llama:
         self._clear()
         self._position = 0
 
+    @abstractmethod
     def _clear(self) -> None:
-        raise NotImplementedError
+        """Empty the cache; the two programs name the function differently."""
 
     def forward(self, ids: Sequence[int], logits: str) -> NDArray[np.float32]:
         C, count = self.C, len(ids)
