@@ -70,6 +70,15 @@ def test_mxfp4_there_and_back(shape):
     assert identical(again, blocks) and identical(scales_again, scales)
 
 
+@pytest.mark.parametrize("shape", [(1, 16, 32), (3, 96, 64), (2, 528, 96)])
+def test_mxfp4_in_place(shape):
+    blocks, scales = mxfp4(np.random.default_rng(10), *shape)
+    want, want_scales = packing.pack_mxfp4(blocks, scales)
+    packed, packed_scales = packing.pack_mxfp4_in_place(blocks, scales)
+    assert identical(packed, want) and identical(packed_scales, want_scales)
+    assert np.shares_memory(packed, blocks) and np.shares_memory(packed_scales, scales)
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
 @pytest.mark.parametrize("shape", [(16, 32), (48, 2880), (160, 96)])
 def test_dense_there_and_back(shape, dtype):

@@ -1,9 +1,8 @@
 // Weights packed by panels of sixteen rows, so that kernels find the same few values of K of all sixteen side by
 // side. A panel is a row of blocks of 32 values of K; the panels of a matrix follow each other.
-//   MXFP4: 256 bytes a block, [K / 8][row] dwords of eight codes k0 to k7; from the lowest bit on k0 k2 k4 k6 k1 k3
-//   k5
-//          k7, so that the low half of each dword holds the first values of four pairs, the high half the second
-//          ones. Scales: 16 e8m0 bytes a block, one a row.
+//   MXFP4: 256 bytes a block, [K / 8][row] dwords of eight codes, from the lowest bit on k0 k2 k4 k6 k1 k3 k5 k7: the
+//          low half of each dword holds the first values of four pairs, the high half the second ones. Scales: 16
+//          e8m0 bytes a block, one a row.
 //   int8:  512 bytes a block, [K / 4][row] dwords of four codes in order, raised by 128. Scales: 16 bfloat16 a block.
 //   bf16:  1024 bytes a block, [K / 2][row] dwords of two values in order.
 #pragma once

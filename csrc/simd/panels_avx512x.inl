@@ -7,6 +7,8 @@
 constexpr int kTileRows = 2 * kPanelRows;  // weight rows of one pass, and the row stride of its results
 constexpr int kTileTokens = 96;            // tokens of one pass: what they sum up stays in the second-level cache
 
+// The formats, their sources and the loops are read together, so the file is longer than most.
+
 // --- rows as stored: sixteen bytes of each of sixteen rows, turned into four vectors of one dword a row ---
 
 struct Dwords {
@@ -501,8 +503,8 @@ inline __m256i code_order(CodeOrder order) {
   return _mm256_broadcastsi128_si256(order == CodeOrder::kStored ? stored : packed);
 }
 
-// int8 codes per block of 32 as in prepare_i8, with their BlockMeta. Weights raised by kRaise; `unit` is what an
-// integer of the weights is worth.
+// int8 codes per block of 32 as in prepare_i8, with their BlockMeta. Weights are raised by kRaise; kUnit is what
+// an integer of theirs is worth.
 template <int kRaise, CodeOrder kOrder, typename X>
 inline void prepare_panel_i8(const X* x, int64_t k, const PreparedRows& to, int64_t row) {
   constexpr float kUnit = kOrder == CodeOrder::kPlain ? 1.0f : 0.5f;

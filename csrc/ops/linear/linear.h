@@ -3,9 +3,7 @@
 // Shapes:   x (num_tokens, in_features); weight (out_features, in_features); scales (out_features, in_features / 32);
 //           or both packed (see ops/pack): (out_features / 16, in_features / 32, 512), scales without the 512 but 16;
 //           bias (out_features) or none; residual, y (num_tokens, out_features), residual or none.
-// Dtypes:   x float32 or bfloat16; weight bfloat16, or int8 (packed: uint8) with bfloat16 scales per block of 32
-// along
-//           in_features;
+// Dtypes:   x float32 or bfloat16; weight bfloat16, or int8 (packed: uint8) with bfloat16 scales per block of 32;
 //           bias bfloat16 or float32; residual, y float32. Rounding happens once to x, as `activations` says:
 //           float32 none, bf16 to bfloat16, int8 to 127 steps of each block's largest magnitude (int8 with
 //           bf16 weights rounds to bfloat16: there is no integer dot to win). Weights enter exactly (but for
