@@ -10,7 +10,7 @@ namespace mxmoe {
 
 void bind_ceilings(py::module_& m) {
   using Release = py::call_guard<py::gil_scoped_release>;
-  py::class_<ReadBuffer>(m, "ReadBuffer")
+  py::class_<ReadBuffer>(m, "ReadBuffer", py::module_local())
       .def(py::init<int64_t>(), Release(), py::arg("num_bytes"))
       .def_property_readonly("nbytes", &ReadBuffer::size)
       .def("read_seconds", &ReadBuffer::read_seconds, Release());

@@ -37,25 +37,49 @@ inline void pause() {
 
 struct Job {
   const std::function<void(int64_t)>* body = nullptr;
-  int64_t count = 0;
-  int wanted = 0;  // workers invited, the caller not counted
+  int threads = 0;  // the caller's own among them
+};
+
+// What is left of one thread's run of items: the owner takes from the front, so that it goes straight on through
+// memory; who has nothing left takes from the back of another's. Both ends change at once.
+class alignas(64) Share {
+ public:
+  void set(uint32_t begin, uint32_t end) { ends_.store(join(begin, end), std::memory_order_relaxed); }
+  // The item taken, or -1 when none is left.
+  int64_t take(bool front) {
+    uint64_t ends = ends_.load(std::memory_order_relaxed);
+    for (;;) {
+      const auto begin = static_cast<uint32_t>(ends), end = static_cast<uint32_t>(ends >> 32);
+      if (begin >= end) return -1;
+      const uint64_t rest = front ? join(begin + 1, end) : join(begin, end - 1);
+      if (ends_.compare_exchange_weak(ends, rest, std::memory_order_relaxed)) return front ? begin : end - 1;
+    }
+  }
+
+ private:
+  static uint64_t join(uint32_t begin, uint32_t end) { return static_cast<uint64_t>(end) << 32 | begin; }
+  std::atomic<uint64_t> ends_{0};
 };
 
 class Pool {
  public:
+  // At most UINT32_MAX items.
   void run(int threads, int64_t count, const std::function<void(int64_t)>& body) {
     const std::lock_guard<std::mutex> one_at_a_time(run_mutex_);
-    const int helpers = static_cast<int>(std::min<int64_t>(threads, count)) - 1;
+    threads = static_cast<int>(std::min<int64_t>(threads, count));
+    const int helpers = threads - 1;
     grow(helpers);
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      job_ = Job{&body, count, helpers};
-      next_.store(0, std::memory_order_relaxed);
+      job_ = Job{&body, threads};
+      for (int64_t i = 0; i < threads; ++i) {
+        shares_[i].set(static_cast<uint32_t>(count * i / threads), static_cast<uint32_t>(count * (i + 1) / threads));
+      }
       busy_.store(helpers, std::memory_order_relaxed);
       generation_.fetch_add(1, std::memory_order_release);
     }
     if (parked_.load(std::memory_order_acquire) > 0) wake_.notify_all();
-    work();
+    work(0);
     for (int spins = 0; busy_.load(std::memory_order_acquire) > 0; ++spins) {
       if (spins < kSpinRounds) {
         pause();
@@ -75,11 +99,10 @@ class Pool {
     }
   }
 
-  void work() {
-    for (;;) {
-      const int64_t item = next_.fetch_add(1, std::memory_order_relaxed);
-      if (item >= job_.count) return;
-      (*job_.body)(item);
+  void work(int own) {
+    for (int i = 0; i < job_.threads; ++i) {
+      Share& share = shares_[(own + i) % job_.threads];
+      for (int64_t item = share.take(i == 0); item >= 0; item = share.take(i == 0)) (*job_.body)(item);
     }
   }
 
@@ -93,11 +116,11 @@ class Pool {
       {
         const std::lock_guard<std::mutex> lock(mutex_);
         current = generation_.load(std::memory_order_relaxed);
-        invited = index < job_.wanted;
+        invited = index + 1 < job_.threads;
       }
       seen = current;
       if (!invited) continue;
-      work();
+      work(index + 1);
       busy_.fetch_sub(1, std::memory_order_release);
     }
   }
@@ -118,8 +141,8 @@ class Pool {
   std::condition_variable wake_;
   std::vector<std::thread> workers_;
   Job job_;
+  Share shares_[kMaxThreads];
   std::atomic<uint64_t> generation_{0};
-  std::atomic<int64_t> next_{0};
   std::atomic<int> busy_{0};
   std::atomic<int> parked_{0};
 };
@@ -166,10 +189,10 @@ void set_num_threads(int n) {
   requested_threads = n;
 }
 
-int64_t tile_rows(int64_t rows) {
-  constexpr int64_t kStep = 32, kMost = 320;
-  const int64_t even = rows / (32 * current_num_threads()) / kStep * kStep;
-  return std::min(std::max(even, kStep), kMost);
+int64_t tile_rows(int64_t rows, int64_t step) {
+  constexpr int64_t kMost = 128;
+  const int64_t even = rows / (32 * current_num_threads());
+  return std::max(std::min(even, kMost) / step * step, step);
 }
 
 void parallel_for(int64_t count, const std::function<void(int64_t)>& body) {
@@ -178,7 +201,11 @@ void parallel_for(int64_t count, const std::function<void(int64_t)>& body) {
     for (int64_t item = 0; item < count; ++item) body(item);
     return;
   }
-  the_pool().run(threads, count, body);
+  constexpr int64_t kMost = UINT32_MAX;
+  if (count <= kMost) return the_pool().run(threads, count, body);
+  for (int64_t begin = 0; begin < count; begin += kMost) {
+    the_pool().run(threads, std::min(kMost, count - begin), [&](int64_t item) { body(begin + item); });
+  }
 }
 
 }  // namespace mxmoe

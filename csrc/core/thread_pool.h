@@ -12,9 +12,9 @@ namespace mxmoe {
 // up.
 void parallel_for(int64_t count, const std::function<void(int64_t)>& body);
 
-// How many of `rows` weight rows make an item: long runs of memory, yet some thirty items a thread to share out
-// evenly.
-int64_t tile_rows(int64_t rows);
+// How many of `rows` weight rows make an item, a multiple of `step`: long runs of memory, yet some thirty items a
+// thread to share out evenly.
+int64_t tile_rows(int64_t rows, int64_t step);
 
 int hardware_threads();       // CPUs this process may run on
 int current_num_threads();    // for ops called from this thread

@@ -258,7 +258,7 @@ struct PackedSource {
     const int64_t value = block * F::kPackedBytes + kAhead;
     const char* p = values + value + (value_offset + value >= value_stride ? (P - 1) * value_stride : 0);
     for (int panel = 0; panel < P; ++panel, p += value_stride) {
-      for (int i = 0; i < F::kPackedBytes; i += 64) _mm_prefetch(p + i, _MM_HINT_T0);
+      for (int i = 0; i < F::kPackedBytes; i += 64) _mm_prefetch(p + i, _MM_HINT_NTA);
     }
     if (F::kScaled && block * F::kPackedScaleBytes % 64 == 0) {
       const int64_t scale = block * F::kPackedScaleBytes + kScalesAhead;
@@ -440,9 +440,20 @@ struct PanelProduct {
     }
   }
 
+  // One or two panels from row n on times a few rows: one panel after the other, so that memory is read in order.
+  template <int P>
+  void few(const int64_t* rows, int64_t count, int64_t n, float* acc) const {
+    const int blocks = static_cast<int>((k + kMxBlock - 1) / kMxBlock);
+    Ahead nothing{{nullptr, nullptr}, 0, 0, 0};
+    for (int p = 0; p < P; ++p) {
+      multiply_rows<F, 1>(source<1>(n + p * kPanelRows, 0), a, rows, count, 0, blocks, nothing, acc + p * kPanelRows);
+    }
+  }
+
   // One or two panels from row n on times up to kTileTokens rows.
   template <int P>
   void tile(const int64_t* rows, int64_t count, int64_t n, Chunk<F>& chunk, float* acc) const {
+    if (w.packed && count <= kGroup) return few<P>(rows, count, n, acc);
     const int64_t blocks = (k + kMxBlock - 1) / kMxBlock;
     const bool direct = w.packed && (!F::kDecoded || count <= 2 * kGroup);
     for (int64_t b = 0; b < blocks; b += F::kChunk) {

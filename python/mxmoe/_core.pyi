@@ -2,10 +2,11 @@
 Kernels of mxmoe. Outputs are written into the arrays passed for them; mxmoe.ops is the public face.
 """
 from __future__ import annotations
+import collections.abc
 import numpy
 import numpy.typing
 import typing
-__all__: list[str] = ['ReadBuffer', 'active_isa', 'available_isas', 'cpu_features', 'current_num_threads', 'describe', 'embedding', 'expert_offsets', 'expert_routing', 'hardware_threads', 'int8_quantize', 'kernels', 'kv_cache_write', 'linear', 'mxfp4_dequantize', 'mxfp4_moe', 'mxfp4_quantize', 'pack_linear', 'pack_mxfp4', 'prefers_packed', 'rmsnorm', 'rope', 'rope_cos_sin', 'rope_inv_freq', 'run_peak', 'set_isa', 'set_num_threads', 'sink_attention', 'unpack_linear', 'unpack_mxfp4']
+__all__: list[str] = ['ReadBuffer', 'active_isa', 'available_isas', 'cpu_features', 'current_num_threads', 'describe', 'embedding', 'expert_offsets', 'expert_routing', 'hardware_threads', 'int8_quantize', 'kernels', 'kv_cache_write', 'linear', 'linear_group', 'mxfp4_dequantize', 'mxfp4_moe', 'mxfp4_quantize', 'pack_linear', 'pack_mxfp4', 'prefers_packed', 'rmsnorm', 'rope', 'rope_cos_sin', 'rope_inv_freq', 'run_peak', 'set_isa', 'set_num_threads', 'sink_attention', 'unpack_linear', 'unpack_mxfp4']
 class ReadBuffer:
     def __init__(self, num_bytes: typing.SupportsInt | typing.SupportsIndex) -> None:
         ...
@@ -39,6 +40,8 @@ def kernels() -> dict[str, tuple[int, str | None, list[tuple[str, str]]]]:
 def kv_cache_write(k: typing.Any, v: typing.Any, k_cache: typing.Any, v_cache: typing.Any, slots: typing.Any, k_scales: typing.Any, v_scales: typing.Any) -> None:
     ...
 def linear(x: typing.Any, weight: typing.Any, scales: typing.Any, bias: typing.Any, activations: str, residual: typing.Any, out: typing.Any) -> None:
+    ...
+def linear_group(x: typing.Any, layers: collections.abc.Sequence[typing.Annotated[collections.abc.Sequence[typing.Any], "FixedSize(3)"]], activations: str, out: typing.Any) -> None:
     ...
 def mxfp4_dequantize(blocks: typing.Any, scales: typing.Any, out: typing.Any) -> None:
     ...

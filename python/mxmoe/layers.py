@@ -121,6 +121,11 @@ class Linear:
         kwargs = {"scales": scales, "activations": self.activations, "residual": residual}
         return self.ops.linear(x, weight, self.bias, **kwargs)
 
+    @property
+    def held(self) -> tuple[Array, Array | None, Array | None]:
+        """Weight, scales and bias as the ops take them."""
+        return *self._held, self.bias
+
     def _stored(self) -> tuple[Array, Array | None]:
         if not self.packed:
             return self._held
@@ -165,6 +170,14 @@ class Linear:
         return sum(a.nbytes for a in (*self._held, self.bias) if a is not None)
 
 
+def side_by_side(x: Array, layers: tuple[Linear, ...]) -> Array:
+    """(T, in) -> (T, sum of out): dense layers of the same input, in one op where they round it alike."""
+    first = layers[0]
+    if any(layer.activations != first.activations for layer in layers):
+        return np.concatenate([layer(x) for layer in layers], axis=1)
+    return first.ops.linear_group(x, [layer.held for layer in layers], activations=first.activations)
+
+
 @dataclass
 class Attention:
     """Grouped-query attention with rotary embedding and sinks. `sinks` (Hq,) bfloat16; `window` in keys or None."""
@@ -190,12 +203,14 @@ class Attention:
     def __call__(self, x: Array, residual: Array, step: Step) -> Array:
         """(T, H) -> (T, H), on top of `residual`; keys and values of the new tokens go into the cache."""
         ops, tap, site = self.ops, step.tap, f"layers.{self.index}."
-        q = self.q_proj(x).reshape(len(x), -1, self.head_dim)  # (T, Hq, D)
-        k = self.k_proj(x).reshape(len(x), -1, self.head_dim)  # (T, Hkv, D)
-        v = self.v_proj(x).reshape(len(x), -1, self.head_dim)  # (T, Hkv, D)
-        q = tap(site + "queries", ops.rope(q, step.cos, step.sin, out=q))
-        k = tap(site + "keys", ops.rope(k, step.cos, step.sin, out=k))
-        v = tap(site + "values", v)
+        qkv = side_by_side(x, (self.q_proj, self.k_proj, self.v_proj))
+        qkv = qkv.reshape(len(x), -1, self.head_dim)  # (T, Hq + 2 Hkv, D)
+        heads, groups = self.sinks.shape[0], (qkv.shape[1] - self.sinks.shape[0]) // 2
+        qk = qkv[:, : heads + groups]
+        ops.rope(qk, step.cos, step.sin, out=qk)
+        q = tap(site + "queries", qkv[:, :heads])  # (T, Hq, D)
+        k = tap(site + "keys", qkv[:, heads : heads + groups])  # (T, Hkv, D)
+        v = tap(site + "values", qkv[:, heads + groups :])  # (T, Hkv, D)
         held, pages = step.cache.layers[self.index], step.pages[self.kind]
         scales = {"k_scales": held.k_scales, "v_scales": held.v_scales}
         ops.kv_cache_write(k, v, held.k, held.v, pages.slots, **scales)

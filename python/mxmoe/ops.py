@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -35,6 +35,7 @@ __all__ = [
     "isa",
     "kv_cache_write",
     "linear",
+    "linear_group",
     "mxfp4_dequantize",
     "mxfp4_moe",
     "mxfp4_quantize",
@@ -332,6 +333,39 @@ def linear(
         rows = 16 * held[0] if len(held) == 3 else _shape("weight", weight, 2)[0]
         out = _empty(x, (_shape("x", x, 2)[0], rows), "float32")
     _core.linear(x, weight, scales, bias, activations, residual, out)
+    return out
+
+
+def linear_group(
+    x: Array,
+    layers: Sequence[tuple[Array, Array | None, Array | None]],
+    *,
+    activations: Activations = "bf16",
+    out: Array | None = None,
+) -> Array:
+    """Several dense layers of the same input, their results side by side.
+
+    Gives what `linear` gives for each, to the last bit, but rounds `x` once and shares out all the work together.
+
+    Parameters
+    ----------
+    x : array, shape (num_tokens, in_features), float32 or bfloat16
+    layers : sequence of (weight, scales, bias)
+        As in `linear`; scales and bias may be None.
+    activations : {"float32", "bf16", "int8"}
+    out : array, shape (num_tokens, sum of out_features), float32, optional
+
+    Returns
+    -------
+    array, shape (num_tokens, sum of out_features), float32
+    """
+    if out is None:
+        features = 0
+        for i, (weight, _, _) in enumerate(layers):
+            held = _core.describe(weight, f"weight[{i}]")[0]
+            features += 16 * held[0] if len(held) == 3 else _shape(f"weight[{i}]", weight, 2)[0]
+        out = _empty(x, (_shape("x", x, 2)[0], features), "float32")
+    _core.linear_group(x, layers, activations, out)
     return out
 
 

@@ -1,8 +1,9 @@
-// linear
-// Computes: y = x W^T + bias + residual.
+// linear, linear_group
+// Computes: y = x W^T + bias + residual; the group: several such layers of one x, their results side by side.
 // Shapes:   x (num_tokens, in_features); weight (out_features, in_features); scales (out_features, in_features / 32);
 //           or both packed (see ops/pack): (out_features / 16, in_features / 32, 512), scales without the 512 but 16;
-//           bias (out_features) or none; residual, y (num_tokens, out_features), residual or none.
+//           bias (out_features) or none; residual, y (num_tokens, out_features), residual or none. Of a group y has
+//           the sum of the layers' out_features.
 // Dtypes:   x float32 or bfloat16; weight bfloat16, or int8 (packed: uint8) with bfloat16 scales per block of 32;
 //           bias bfloat16 or float32; residual, y float32. Rounding happens once to x, as `activations` says:
 //           float32 none, bf16 to bfloat16, int8 to 127 steps of each block's largest magnitude (int8 with
@@ -17,13 +18,20 @@
 // Source:   model card section 2; block quantisation as in Dettmers et al. 2022, section 2.
 #pragma once
 
+#include <vector>
+
 #include "core/types.h"
 #include "simd/dot.h"
 
 namespace mxmoe {
 
-void linear(const Tensor& x, const Tensor& weight, const Tensor& scales, const Tensor& bias, Activations activations,
-            const Tensor& residual, const Tensor& y);
+struct LinearWeights {
+  Tensor weight, scales, bias;
+};
+void linear(const Tensor& x, const LinearWeights& w, Activations activations, const Tensor& residual,
+            const Tensor& y);
+void linear_group(const Tensor& x, const std::vector<LinearWeights>& layers, Activations activations,
+                  const Tensor& y);
 
 // Weight rows [n_begin, n_end) against prepared rows [m_begin, m_end). bias and residual may be null.
 struct LinearTile {
@@ -44,6 +52,7 @@ struct LinearKernel {
   PrepareFn prepare;
   int value_bytes;   // of one prepared value
   int block_floats;  // what they carry beside the values of a block of 32
+  int row_step;      // n_begin is a multiple of it
   void (*tile)(const LinearTile&);
 };
 

@@ -46,9 +46,11 @@ constexpr int kMetaFloats = sizeof(BlockMeta) / sizeof(float);
 }  // namespace
 }  // namespace avx512x
 
-const LinearKernel linear_bf16_bf16_avx512x = {avx512x::kBf16, 2, 0, avx512x::linear_tile<avx512x::PanelBf16Bf16>};
-const LinearKernel linear_bf16_int8_avx512x = {avx512x::kBf16, 2, 0, avx512x::linear_tile<avx512x::PanelBf16I8>};
-const LinearKernel linear_int8_int8_avx512x = {avx512x::kI8, 1, avx512x::kMetaFloats,
+const LinearKernel linear_bf16_bf16_avx512x = {avx512x::kBf16, 2, 0, avx512x::kTileRows,
+                                               avx512x::linear_tile<avx512x::PanelBf16Bf16>};
+const LinearKernel linear_bf16_int8_avx512x = {avx512x::kBf16, 2, 0, avx512x::kTileRows,
+                                               avx512x::linear_tile<avx512x::PanelBf16I8>};
+const LinearKernel linear_int8_int8_avx512x = {avx512x::kI8, 1, avx512x::kMetaFloats, avx512x::kTileRows,
                                                avx512x::linear_tile<avx512x::PanelI8I8>};
 
 }  // namespace mxmoe

@@ -130,7 +130,7 @@ struct Grouped {
 };
 
 void run_grouped(const Grouped& g, const MoeParams& params, void (*kernel)(const MoeTile&)) {
-  const int64_t rows_per_tile = tile_rows(g.num_busy * g.num_rows);
+  const int64_t rows_per_tile = tile_rows(g.num_busy * g.num_rows, 2 * kPanelRows);
   const int64_t tiles = (g.num_rows + rows_per_tile - 1) / rows_per_tile;
   const int64_t lines = g.packed ? kPanelRows : 1;  // weight rows from stride to stride
   parallel_for(g.num_busy * tiles, [&](int64_t item) {

@@ -13,6 +13,7 @@ The file is long because every op states its contract, as in `mxmoe.ops`, whose 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any, TypeAlias
 
 import ml_dtypes
@@ -26,6 +27,7 @@ __all__ = [
     "int8_quantize",
     "kv_cache_write",
     "linear",
+    "linear_group",
     "mxfp4_dequantize",
     "mxfp4_moe",
     "mxfp4_quantize",
@@ -208,6 +210,29 @@ def linear(
     if bias is not None:
         result += _f64(bias)
     return _finish(result, residual, out)
+
+
+def linear_group(
+    x: ArrayLike,
+    layers: Sequence[tuple[Array, Array | None, Array | None]],
+    *,
+    activations: str = "float32",
+    out: Array | None = None,
+) -> Array:
+    """Dense layers of the same input, side by side.
+
+    Parameters
+    ----------
+    x : (T, K) float
+    layers : sequence of (weight, scales, bias)
+        As in `linear`.
+
+    Returns
+    -------
+    (T, sum of N) float64
+    """
+    results = [linear(x, weight, bias, scales=scales) for weight, scales, bias in layers]
+    return _finish(np.concatenate(results, axis=1), None, out)
 
 
 def expert_routing(router_logits: ArrayLike, experts_per_token: int) -> tuple[NDArray[np.int32], Float]:
