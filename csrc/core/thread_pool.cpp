@@ -24,8 +24,9 @@ namespace mxmoe {
 namespace {
 
 constexpr int kMaxThreads = 1024;
-// Between the ops of a layer a few microseconds pass; a worker spins that long before it parks.
-constexpr int kSpinRounds = 4000;
+// Between the ops of a layer up to some hundred microseconds pass, with everything but the weights out of the caches;
+// a worker spins that long before it parks, as waking up takes about as long again.
+constexpr int kSpinRounds = 8000;
 
 inline void pause() {
 #if defined(__x86_64__) || defined(_M_X64)

@@ -40,6 +40,7 @@ inline float int8_scale(const WeightRows& w, int64_t row, int64_t block) {
 
 // float32 (or bf16 held in float32) x bf16: one vector a step.
 struct DotF32Bf16 {
+  static constexpr int kBits = 16;  // of a weight
   static constexpr int kStep = kLanes;
   static constexpr bool kBlockScaled = false;
   using Acc = f32v;
@@ -88,6 +89,7 @@ struct WeightBlockF32 {
 
 // float32 x int8 with a bf16 scale per block.
 struct DotF32I8 {
+  static constexpr int kBits = 8;  // of a weight
   static constexpr int kStep = kMxBlock;
   static constexpr bool kBlockScaled = true;
   using Acc = f32v;
@@ -107,6 +109,7 @@ struct DotF32I8 {
 
 // float32 x MXFP4. The codes are decoded doubled, the scale halved: both exact.
 struct DotF32Mxfp4 {
+  static constexpr int kBits = 4;  // of a weight
   static constexpr int kStep = kMxBlock;
   static constexpr bool kBlockScaled = true;
   using Acc = f32v;
@@ -140,6 +143,7 @@ inline ScaledA8 load_scaled_a8(const PreparedRows& a, int64_t row, int64_t block
 }
 
 struct DotI8I8 {
+  static constexpr int kBits = 8;  // of a weight
   static constexpr int kStep = kMxBlock;
   static constexpr bool kBlockScaled = true;
   using Acc = F8;
@@ -156,6 +160,7 @@ struct DotI8I8 {
 };
 
 struct DotI8Mxfp4 {
+  static constexpr int kBits = 4;  // of a weight
   static constexpr int kStep = kMxBlock;
   static constexpr bool kBlockScaled = true;
   using Acc = F8;

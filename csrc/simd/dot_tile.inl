@@ -35,14 +35,27 @@ inline void dot_tile(const PreparedRows& a, const int64_t* rows, const WeightRow
   }
 }
 
+// Fetches some stored weight rows, before `end`: each is too short for the hardware to get going.
+template <class F>
+inline void fetch_rows(const WeightRows& w, int64_t begin, int rows, int64_t end, int64_t k) {
+  if (w.packed) return;
+  for (int64_t row = begin; row < begin + rows && row < end; ++row) {
+    const char* values = static_cast<const char*>(w.values) + row * w.value_stride;
+    for (int64_t at = 0; at < k * F::kBits / 8; at += 64) prefetch(values + at);
+  }
+}
+
 // All outputs of rows [0, num_rows) x weight rows [n_begin, n_end), handed to emit(row index, weight row,
 // value). A tile decodes NR weight rows once for MR activation rows.
 template <class F, int MR, int NR, class Emit>
 inline void for_each_dot(const PreparedRows& a, const int64_t* rows, int64_t num_rows, const WeightRows& w,
                          int64_t n_begin, int64_t n_end, int64_t k, const Emit& emit) {
   float tile[MR * NR];
+  const bool few = num_rows <= MR;  // so few that memory is waited for
+  if (few) fetch_rows<F>(w, n_begin, NR, n_end, k);
   for (int64_t n = n_begin; n < n_end;) {
     const bool full_n = n + NR <= n_end;
+    if (few) fetch_rows<F>(w, n + NR, NR, n_end, k);
     const int width = full_n ? NR : 1;
     for (int64_t m = 0; m < num_rows;) {
       const bool full_m = m + MR <= num_rows;

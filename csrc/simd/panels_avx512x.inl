@@ -254,11 +254,11 @@ struct PackedSource {
   // a panel comes the one that will take its place in the next tile. (Inlined by force: a function that does nothing
   // but fetch counts as one without effect, and GCC drops its call.)
   MXMOE_INLINE void fetch(int block) const {
-    constexpr int kAhead = 4096, kScalesAhead = 512;
+    constexpr int kAhead = 8192, kScalesAhead = 1024;
     const int64_t value = block * F::kPackedBytes + kAhead;
     const char* p = values + value + (value_offset + value >= value_stride ? (P - 1) * value_stride : 0);
     for (int panel = 0; panel < P; ++panel, p += value_stride) {
-      for (int i = 0; i < F::kPackedBytes; i += 64) _mm_prefetch(p + i, _MM_HINT_NTA);
+      for (int i = 0; i < F::kPackedBytes; i += 64) _mm_prefetch(p + i, _MM_HINT_T0);
     }
     if (F::kScaled && block * F::kPackedScaleBytes % 64 == 0) {
       const int64_t scale = block * F::kPackedScaleBytes + kScalesAhead;
@@ -501,6 +501,15 @@ inline void for_each_tile(const PreparedRows& a, const int64_t* rows, int64_t nu
       emit(m, count, n, width, acc);
     }
   }
+}
+
+// A tile's bias is needed when its sums are done; then it should not be waited for.
+inline void fetch_bias(const float* bias_f32, const bf16* bias_bf16, int64_t begin, int64_t end) {
+  const auto fetch = [](const void* from, int64_t bytes) {
+    for (int64_t at = 0; at < bytes; at += 64) prefetch(static_cast<const char*>(from) + at);
+  };
+  if (bias_f32 != nullptr) fetch(bias_f32 + begin, (end - begin) * 4);
+  if (bias_bf16 != nullptr) fetch(bias_bf16 + begin, (end - begin) * 2);
 }
 
 // --- activations ---

@@ -115,7 +115,8 @@ class Taps:
         names: set[str] = set()
         for pattern in capture or ():
             names |= check_pattern(pattern, config, "capture")
-        self._captured: dict[str, list[Array]] = {site: [] for site in site_names(config) if site in names}
+        # In the order of computation; most passes capture nothing, and should not pay for the list of sites.
+        self._captured: dict[str, list[Array]] = {s: [] for s in site_names(config) if s in names} if names else {}
         self._hooks: dict[str, list[HookFunction]] = {}
         for hook in hooks:
             for site in check_pattern(hook.pattern, config, "hook"):

@@ -75,13 +75,24 @@ def _empty(like: Array, shape: tuple[int, ...], dtype: str) -> Array:
 
 def _shape(name: str, x: Array, ndim: int) -> tuple[int, ...]:
     """Shape of `x`, needed to make an output before the kernel has checked anything."""
-    shape: tuple[int, ...] = _core.describe(x, name)[0]
+    # NumPy's arrays say it faster themselves.
+    shape: tuple[int, ...] = x.shape if type(x) is np.ndarray else _core.describe(x, name)[0]
     if len(shape) != ndim:
         raise ValueError(f"{name} has shape {shape}; wanted {ndim} axes")
     return shape
 
 
+def _out_features(name: str, weight: Array) -> int:
+    """Rows of a weight as stored or packed."""
+    shape = weight.shape if type(weight) is np.ndarray else _core.describe(weight, name)[0]
+    if len(shape) == 3:
+        return 16 * int(shape[0])
+    return _shape(name, weight, 2)[0]
+
+
 def _float_dtype(name: str, x: Array) -> str:
+    if type(x) is np.ndarray and x.dtype == np.float32:
+        return "float32"
     dtype: str = _core.describe(x, name)[1]
     if dtype not in ("float32", "bfloat16"):
         raise TypeError(f"{name} has dtype {dtype}; wanted float32 or bfloat16")
@@ -329,9 +340,7 @@ def linear(
     array, shape (num_tokens, out_features), float32
     """
     if out is None:
-        held = _core.describe(weight, "weight")[0]
-        rows = 16 * held[0] if len(held) == 3 else _shape("weight", weight, 2)[0]
-        out = _empty(x, (_shape("x", x, 2)[0], rows), "float32")
+        out = _empty(x, (_shape("x", x, 2)[0], _out_features("weight", weight)), "float32")
     _core.linear(x, weight, scales, bias, activations, residual, out)
     return out
 
@@ -360,10 +369,7 @@ def linear_group(
     array, shape (num_tokens, sum of out_features), float32
     """
     if out is None:
-        features = 0
-        for i, (weight, _, _) in enumerate(layers):
-            held = _core.describe(weight, f"weight[{i}]")[0]
-            features += 16 * held[0] if len(held) == 3 else _shape(f"weight[{i}]", weight, 2)[0]
+        features = sum(_out_features("weight", weight) for weight, _, _ in layers)
         out = _empty(x, (_shape("x", x, 2)[0], features), "float32")
     _core.linear_group(x, layers, activations, out)
     return out

@@ -17,6 +17,7 @@ namespace {
 template <class F>
 void linear_tile(const LinearTile& t) {
   const int64_t count = t.m_end - t.m_begin;
+  fetch_bias(t.bias_f32, t.bias_bf16, t.n_begin, t.n_end);
   PreparedRows x = t.x;
   x.values = static_cast<char*>(x.values) + t.m_begin * x.value_stride;
   x.scales += t.m_begin * x.block_stride;

@@ -25,6 +25,7 @@ template <class F>
 void moe_gate_up(const MoeTile& t) {
   const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
   const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  fetch_bias(t.bias_f32, t.bias_bf16, t.n_begin, t.n_end);
   for_each_tile<F>(t.x, t.rows, t.num_rows, t.weight, t.n_begin, t.n_end, t.k,
                    [&](int64_t m, int64_t tokens, int64_t n, int64_t width, const float* results) {
                      // Both matrices have whole panels: one or two.
@@ -43,6 +44,7 @@ void moe_gate_up(const MoeTile& t) {
 
 template <class F>
 void moe_down(const MoeTile& t) {
+  fetch_bias(t.bias_f32, t.bias_bf16, t.n_begin, t.n_end);
   for_each_tile<F>(t.x, t.rows, t.num_rows, t.weight, t.n_begin, t.n_end, t.k,
                    [&](int64_t m, int64_t tokens, int64_t n, int64_t width, const float* results) {
                      for (int64_t j = 0; j < width; j += kLanes) {
