@@ -174,6 +174,21 @@ def test_rows_stand_alone(isa, activations):
     assert_rows_stand_alone(lambda rows: case.rows(rows).run(activations), 70, sizes=(1, 2, 3, 7, 8, 9, 16, 17, 65))
 
 
+@all_activations
+def test_rows_of_any_magnitude_stand_alone(isa, activations):
+    # Products of scales from far below the normal numbers to far above one: alone, a row may be computed by another
+    # path than in company.
+    rng = np.random.default_rng(0)
+    case = make(70, 96, 64, 4, 2, bias_dtype="float32")
+    case.x *= 10.0 ** rng.uniform(-44, 8, (70, 3)).repeat(32, axis=1).astype(np.float32)
+    case.x[::9, 32:64] = 0
+    for name in ("gate_up_scales", "down_scales"):
+        case.weights[name][:] = rng.integers(0, 150, case.weights[name].shape)
+    case.weights["down_bias"][:] = 0
+    assert np.isfinite(run(case, activations)).all()
+    assert_rows_stand_alone(lambda rows: case.rows(rows).run(activations), 70, sizes=(1, 6, 7, 33))
+
+
 @pytest.mark.parametrize("broken", [np.nan, np.inf])
 @all_activations
 def test_a_broken_row_stays_alone(isa, broken, activations):

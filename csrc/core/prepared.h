@@ -8,7 +8,7 @@ namespace mxmoe {
 
 inline size_t prepared_bytes(int64_t rows, int64_t k, int value_bytes, int block_floats) {
   size_t bytes = Scratch::bytes<char>(checked_product("activations", {rows, padded_k(k), value_bytes}));
-  bytes += Scratch::bytes<float>(checked_product("activation scales", {rows, k / kMxBlock, block_floats}));
+  bytes += Scratch::bytes<float>(checked_product("activation scales", {rows, k / kMxBlock + 1, block_floats}));
   return bytes;
 }
 
@@ -16,7 +16,7 @@ inline PreparedRows take_prepared(Scratch& scratch, int64_t rows, int64_t k, int
   PreparedRows p{};
   p.value_stride = padded_k(k) * value_bytes;
   p.values = scratch.take<char>(static_cast<size_t>(rows * p.value_stride));
-  p.block_stride = k / kMxBlock * block_floats;
+  p.block_stride = (k / kMxBlock + 1) * block_floats;  // one more for what concerns the whole row
   p.scales = scratch.take<float>(static_cast<size_t>(rows * p.block_stride));
   return p;
 }

@@ -73,6 +73,7 @@ inline void stored_bf16_scales(const StoredPanel& panel, int64_t first, int coun
 }
 
 // --- formats ---
+// kPowers: an int8 product's scales of the weights are powers of two.
 // kVectors vectors make a block of a panel: bytes for vpdpbusd, four of K a lane, or pairs of bfloat16 for vdpbf16ps.
 // vector<v>(dwords) makes the v-th from the packed dwords of the block; unpack() writes all of a stored block.
 
@@ -80,7 +81,7 @@ inline void put(uint8_t* out, __m512i x) { _mm512_store_si512(out, x); }
 
 // Codes raised by 12 to be unsigned, and doubled to be integers: the activations' scales are halved for it.
 struct PanelI8Mxfp4 {
-  static constexpr bool kInteger = true, kScaled = true, kDecoded = true;
+  static constexpr bool kInteger = true, kScaled = true, kDecoded = true, kPowers = true;
   static constexpr int kVectors = 8, kChunk = 16, kPackedBytes = kPackedMxfp4Bytes, kPackedScaleBytes = kPanelRows;
   static MXMOE_INLINE __m512i decode(__m512i codes) {
     const __m512i table =
@@ -106,7 +107,7 @@ struct PanelI8Mxfp4 {
 
 // Codes raised by 128.
 struct PanelI8I8 {
-  static constexpr bool kInteger = true, kScaled = true, kDecoded = false;
+  static constexpr bool kInteger = true, kScaled = true, kDecoded = false, kPowers = false;
   static constexpr int kVectors = 8, kChunk = 16, kPackedBytes = kPackedInt8Bytes, kPackedScaleBytes = 2 * kPanelRows;
   template <int v, class Load>
   static MXMOE_INLINE __m512i vector(const Load& dword) {
@@ -127,7 +128,7 @@ struct PanelI8I8 {
 };
 
 struct PanelBf16Mxfp4 {
-  static constexpr bool kInteger = false, kScaled = true, kDecoded = true;
+  static constexpr bool kInteger = false, kScaled = true, kDecoded = true, kPowers = false;
   static constexpr int kVectors = 16, kChunk = 8, kPackedBytes = kPackedMxfp4Bytes, kPackedScaleBytes = kPanelRows;
   // The permute looks at the low five bits of a word, the fifth of which is part of another code: the table of the
   // sixteen values as bfloat16 stands twice.
@@ -163,7 +164,7 @@ struct PanelBf16Mxfp4 {
 };
 
 struct PanelBf16I8 {
-  static constexpr bool kInteger = false, kScaled = true, kDecoded = true;
+  static constexpr bool kInteger = false, kScaled = true, kDecoded = true, kPowers = false;
   static constexpr int kVectors = 16, kChunk = 8, kPackedBytes = kPackedInt8Bytes, kPackedScaleBytes = 2 * kPanelRows;
   // Byte `kByte` of every lane as float32: exact in its upper half, which is the bfloat16.
   template <int kByte>
@@ -195,7 +196,7 @@ struct PanelBf16I8 {
 };
 
 struct PanelBf16Bf16 {
-  static constexpr bool kInteger = false, kScaled = false, kDecoded = false;
+  static constexpr bool kInteger = false, kScaled = false, kDecoded = false, kPowers = false;
   static constexpr int kVectors = 16, kChunk = 8, kPackedBytes = kPackedBf16Bytes, kPackedScaleBytes = 0;
   template <int v, class Load>
   static MXMOE_INLINE __m512i vector(const Load& dword) {
@@ -213,6 +214,25 @@ struct PanelBf16Bf16 {
   static void unpack_scales(const StoredPanel&, int64_t, int, float*, int) {}
 };
 
+// The bits of the lowest and highest of some positive float32, which are ordered as the numbers are.
+struct ScaleRange {
+  int32_t lowest, highest;
+};
+constexpr ScaleRange kNoScales = {0x7fffffff, 0};
+
+// Whether every product of two such scales, the one a power of two, is a normal number. Then it can be had by adding
+// exponents, on units that have time for it, where a multiplication would wait for those that do the dot products.
+inline bool exponents_add(const ScaleRange& powers, const ScaleRange& others) {
+  constexpr int kBits = 23, kBias = 127, kTop = 254;
+  const auto normal = [](int32_t exponent) { return exponent > 0 && exponent <= kTop; };
+  for (const int32_t power : {powers.lowest >> kBits, powers.highest >> kBits}) {
+    for (const int32_t other : {others.lowest >> kBits, others.highest >> kBits}) {
+      if (!normal(power) || !normal(other) || !normal(power + other - kBias)) return false;
+    }
+  }
+  return true;
+}
+
 // --- where a product finds the blocks of one or two panels ---
 
 // Decoded, in the first-level cache.
@@ -220,6 +240,7 @@ template <class F>
 struct alignas(64) Chunk {
   uint8_t weights[F::kChunk * F::kVectors * kTileRows * 4];  // [block][vector][panel][row] dwords
   float scales[F::kScaled ? F::kChunk * kTileRows : 16];     // [block][panel][row]
+  ScaleRange range;                                          // of the scales, with kPowers
 };
 
 template <class F, int P>
@@ -235,8 +256,8 @@ struct ChunkSource {
   void fetch(int) const {}
 };
 
-// As packed in memory, decoded in registers.
-template <class F, int P>
+// As packed in memory, decoded in registers; with kFetch not yet in a cache.
+template <class F, int P, bool kFetch = true>
 struct PackedSource {
   const char* values;  // of the first panel, at the first block
   const char* scales;
@@ -254,6 +275,7 @@ struct PackedSource {
   // a panel comes the one that will take its place in the next tile. (Inlined by force: a function that does nothing
   // but fetch counts as one without effect, and GCC drops its call.)
   MXMOE_INLINE void fetch(int block) const {
+    if (!kFetch) return;
     constexpr int kAhead = 8192, kScalesAhead = 1024;
     const int64_t value = block * F::kPackedBytes + kAhead;
     const char* p = values + value + (value_offset + value >= value_stride ? (P - 1) * value_stride : 0);
@@ -276,11 +298,12 @@ inline __m512i broadcast_dword(const void* p) {
   return _mm512_set1_epi32(x);
 }
 
-// What int8 activations of a block have beside their codes.
+// What int8 activations of a block have beside their codes. A row's blocks are followed by the ScaleRange of them.
 struct BlockMeta {
   float scale;
   int32_t start;  // -raise * sum of the codes: takes the raise of the weights off again
 };
+static_assert(sizeof(BlockMeta) == sizeof(ScaleRange), "stands in a block's place");
 
 template <class F, int P, int M, int v, class Source>
 MXMOE_INLINE void multiply_vector(const Source& source, int block, const char* const (&x)[M], __m512i (&dot)[M][P]) {
@@ -305,7 +328,15 @@ MXMOE_INLINE void multiply_block(const Source& source, int block, const char* co
   (multiply_vector<F, P, M, v>(source, block, x, dot), ...);
 }
 
-template <class F, int P, int M, class Source>
+// A block's scale of the weights times that of the activations.
+template <bool kAdd>
+MXMOE_INLINE __m512 both_scales(__m512 weights, const float& activations) {
+  if (!kAdd) return _mm512_mul_ps(weights, _mm512_set1_ps(activations));
+  const __m512i exponents = _mm512_sub_epi32(_mm512_castps_si512(weights), _mm512_set1_epi32(0x3f800000));
+  return _mm512_castsi512_ps(_mm512_add_epi32(exponents, broadcast_dword(&activations)));
+}
+
+template <class F, int P, int M, bool kAdd, class Source>
 inline void multiply(const Source& source, const PreparedRows& a, const int64_t* rows, int64_t first, int blocks,
                      float* acc) {
   const char* x[M];
@@ -333,7 +364,7 @@ inline void multiply(const Source& source, const PreparedRows& a, const int64_t*
       const __m512 scale = source.scale(b, p);
       for (int m = 0; m < M; ++m) {
         if constexpr (F::kInteger) {
-          const __m512 both = _mm512_mul_ps(scale, _mm512_set1_ps(meta[m][b].scale));
+          const __m512 both = both_scales<kAdd>(scale, meta[m][b].scale);
           sum[m][p] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[m][p]), both, sum[m][p]);
         } else if constexpr (F::kScaled) {
           sum[m][p] = _mm512_fmadd_ps(_mm512_castsi512_ps(dot[m][p]), scale, sum[m][p]);
@@ -363,24 +394,24 @@ struct Ahead {
 
 constexpr int kGroup = 6;  // tokens: with two panels as many accumulators as registers allow
 
-template <class F, int P, class Source>
+template <class F, int P, bool kAdd = false, class Source>
 inline void multiply_rows(const Source& source, const PreparedRows& a, const int64_t* rows, int64_t count,
                           int64_t first, int blocks, Ahead& ahead, float* acc) {
   for (; count >= kGroup; count -= kGroup, rows += kGroup, acc += kGroup * kTileRows) {
     ahead.some();
-    multiply<F, P, kGroup>(source, a, rows, first, blocks, acc);
+    multiply<F, P, kGroup, kAdd>(source, a, rows, first, blocks, acc);
   }
   switch (count) {
     case 1:
-      return multiply<F, P, 1>(source, a, rows, first, blocks, acc);
+      return multiply<F, P, 1, kAdd>(source, a, rows, first, blocks, acc);
     case 2:
-      return multiply<F, P, 2>(source, a, rows, first, blocks, acc);
+      return multiply<F, P, 2, kAdd>(source, a, rows, first, blocks, acc);
     case 3:
-      return multiply<F, P, 3>(source, a, rows, first, blocks, acc);
+      return multiply<F, P, 3, kAdd>(source, a, rows, first, blocks, acc);
     case 4:
-      return multiply<F, P, 4>(source, a, rows, first, blocks, acc);
+      return multiply<F, P, 4, kAdd>(source, a, rows, first, blocks, acc);
     case 5:
-      return multiply<F, P, 5>(source, a, rows, first, blocks, acc);
+      return multiply<F, P, 5, kAdd>(source, a, rows, first, blocks, acc);
     default:
       return;
   }
@@ -402,8 +433,8 @@ struct PanelProduct {
     const char* base = static_cast<const char*>(w.scales);
     return base + (w.packed ? n / kPanelRows : n) * w.scale_stride;
   }
-  template <int P>
-  PackedSource<F, P> source(int64_t n, int64_t block) const {
+  template <int P, bool kFetch = true>
+  PackedSource<F, P, kFetch> source(int64_t n, int64_t block) const {
     const int64_t value = block * F::kPackedBytes, scale = block * F::kPackedScaleBytes;
     return {values(n) + value, scales(n) + scale, w.value_stride, w.scale_stride, value, scale};
   }
@@ -416,6 +447,29 @@ struct PanelProduct {
       (put(out + v * P * 64, from.template vector<v>(b, p)), ...);
       if (F::kScaled) _mm512_store_ps(to.scales + (b * P + p) * kPanelRows, from.scale(b, p));
     }
+  }
+
+  // The range of the rows' activation scales.
+  ScaleRange activations(const int64_t* rows, int64_t count) const {
+    ScaleRange all = kNoScales;
+    for (int64_t i = 0; i < count; ++i) {
+      const auto* meta = reinterpret_cast<const BlockMeta*>(a.scales + rows[i] * a.block_stride);
+      ScaleRange row;
+      std::memcpy(&row, meta + k / kMxBlock, sizeof row);
+      all.lowest = row.lowest < all.lowest ? row.lowest : all.lowest;
+      all.highest = row.highest > all.highest ? row.highest : all.highest;
+    }
+    return all;
+  }
+
+  template <int P>
+  void find_range(int blocks, Chunk<F>& chunk) const {
+    __m512i lowest = _mm512_set1_epi32(0x7fffffff), highest = _mm512_setzero_si512();
+    for (int i = 0; i < blocks * P; ++i) {
+      const __m512i scale = _mm512_load_si512(chunk.scales + i * kPanelRows);
+      lowest = _mm512_min_epi32(lowest, scale), highest = _mm512_max_epi32(highest, scale);
+    }
+    chunk.range = {_mm512_reduce_min_epi32(lowest), _mm512_reduce_max_epi32(highest)};
   }
 
   template <int P>
@@ -456,6 +510,8 @@ struct PanelProduct {
     if (w.packed && count <= kGroup) return few<P>(rows, count, n, acc);
     const int64_t blocks = (k + kMxBlock - 1) / kMxBlock;
     const bool direct = w.packed && (!F::kDecoded || count <= 2 * kGroup);
+    ScaleRange range = kNoScales;
+    if constexpr (F::kPowers) range = activations(rows, count);
     for (int64_t b = 0; b < blocks; b += F::kChunk) {
       const int some = static_cast<int>(blocks - b < F::kChunk ? blocks - b : F::kChunk);
       const bool last = b + some == blocks;
@@ -467,11 +523,21 @@ struct PanelProduct {
         const int64_t bytes = F::kChunk * F::kPackedBytes;
         ahead = {{begin, begin + (P - 1) * w.value_stride}, bytes, 0, (bytes / (count / kGroup) + 63) / 64 * 64};
       }
-      if (direct) {
+      if (direct && many) {
+        multiply_rows<F, P>(source<P, false>(n, b), a, rows, count, b, some, ahead, acc);
+      } else if (direct) {
         multiply_rows<F, P>(source<P>(n, b), a, rows, count, b, some, ahead, acc);
       } else {
         decode<P>(n, b, some, !many, chunk);
-        multiply_rows<F, P>(ChunkSource<F, P>{chunk}, a, rows, count, b, some, ahead, acc);
+        const ChunkSource<F, P> from{chunk};
+        if constexpr (F::kPowers) {
+          find_range<P>(some, chunk);
+          if (exponents_add(chunk.range, range)) {
+            multiply_rows<F, P, true>(from, a, rows, count, b, some, ahead, acc);
+            continue;
+          }
+        }
+        multiply_rows<F, P>(from, a, rows, count, b, some, ahead, acc);
       }
     }
   }
@@ -530,9 +596,15 @@ inline void prepare_panel_i8(const X* x, int64_t k, const PreparedRows& to, int6
   constexpr float kUnit = kOrder == CodeOrder::kPlain ? 1.0f : 0.5f;
   int8_t* codes = static_cast<int8_t*>(to.values) + row * to.value_stride;
   BlockMeta* meta = reinterpret_cast<BlockMeta*>(to.scales + row * to.block_stride);
+  ScaleRange range = kNoScales;
   for (int64_t b = 0; b < k / kMxBlock; ++b) {
     __m256i* at = reinterpret_cast<__m256i*>(codes + b * kMxBlock);
-    meta[b].scale = kUnit * quantize_block_i8(x + b * kMxBlock, codes + b * kMxBlock);
+    const float scale = kUnit * quantize_block_i8(x + b * kMxBlock, codes + b * kMxBlock);
+    meta[b].scale = scale == 0.0f ? 1.0f : scale;  // nothing but zeros: any scale will do, a normal one does best
+    int32_t bits;
+    std::memcpy(&bits, &meta[b].scale, sizeof bits);
+    range.lowest = bits < range.lowest ? bits : range.lowest;
+    range.highest = bits > range.highest ? bits : range.highest;
     const __m256i block = _mm256_loadu_si256(at);
     const __m256i raised =
         _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(static_cast<char>(kRaise)), block);
@@ -542,4 +614,5 @@ inline void prepare_panel_i8(const X* x, int64_t k, const PreparedRows& to, int6
     meta[b].start = -_mm_cvtsi128_si32(sum);
     if (kOrder != CodeOrder::kPlain) _mm256_storeu_si256(at, _mm256_shuffle_epi8(block, code_order(kOrder)));
   }
+  std::memcpy(meta + k / kMxBlock, &range, sizeof range);
 }
