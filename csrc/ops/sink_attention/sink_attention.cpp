@@ -107,6 +107,9 @@ struct Span {  // of one item
 // Partial sums are kept for at most this many floats, 32 MiB: past that there is work enough without.
 constexpr int64_t kMaxPartial = int64_t{8} << 20;
 
+// So many that threads end together.
+constexpr int64_t kPiecesPerThread = 8;
+
 struct Work {
   std::vector<Span> spans;
   int64_t partial_floats = 0;
@@ -182,16 +185,21 @@ void attend_whole(const AttentionKernel& kernel, const Work& work, const Argumen
                [&](int64_t i) { kernel.attend(make_item(arguments, work.spans[static_cast<size_t>(i)])); });
 }
 
-// Every chunk of every span on its own, then the sums of each span's chunks in order: the same operations as above.
+// Some chunks of a span at a time, each on its own, then the sums of each span's chunks in order: the same operations
+// as above.
 void attend_by_chunks(const AttentionKernel& kernel, const Work& work, const Arguments& arguments) {
   struct Piece {
     size_t span;
-    int64_t chunk;
+    int64_t begin_chunk, end_chunk;
   };
+  int64_t all = 0;
+  for (const Span& span : work.spans) all += span.end_chunk - span.begin_chunk;
+  const int64_t some = std::max<int64_t>(all / (kPiecesPerThread * current_num_threads()), 1);
   std::vector<Piece> pieces;
   for (size_t i = 0; i < work.spans.size(); ++i) {
-    for (int64_t chunk = work.spans[i].begin_chunk; chunk < work.spans[i].end_chunk; ++chunk) {
-      pieces.push_back({i, chunk});
+    const Span& span = work.spans[i];
+    for (int64_t chunk = span.begin_chunk; chunk < span.end_chunk; chunk += some) {
+      pieces.push_back({i, chunk, std::min(chunk + some, span.end_chunk)});
     }
   }
   const auto floats = static_cast<size_t>(work.partial_floats);
@@ -205,7 +213,7 @@ void attend_by_chunks(const AttentionKernel& kernel, const Work& work, const Arg
   parallel_for(static_cast<int64_t>(pieces.size()), [&](int64_t i) {
     const Piece& piece = pieces[static_cast<size_t>(i)];
     AttentionItem item = item_of(work.spans[piece.span]);
-    item.begin_chunk = piece.chunk, item.end_chunk = piece.chunk + 1;
+    item.begin_chunk = piece.begin_chunk, item.end_chunk = piece.end_chunk;
     kernel.attend(item);
   });
   parallel_for(static_cast<int64_t>(work.spans.size()),
@@ -235,7 +243,7 @@ void sink_attention(const Tensor& q, const KvCache& cache, const Tensor& sinks, 
 
   // Few spans of many keys leave threads without work; finer pieces also end together on a busy machine.
   const int threads = current_num_threads();
-  const bool few = threads > 1 && static_cast<int64_t>(work.spans.size()) < 8 * threads;
+  const bool few = threads > 1 && static_cast<int64_t>(work.spans.size()) < kPiecesPerThread * threads;
   if (few && work.several_chunks && work.partial_floats <= kMaxPartial) {
     attend_by_chunks(kernel, work, arguments);
   } else {

@@ -21,13 +21,33 @@ constexpr int kVectors = kAttentionKeys / kLanes;  // vectors of a tile's row
 constexpr int64_t kPairsOfKeys = kAttentionKeys / 2;
 static_assert(kAttentionRows % kTile == 0 && kVectors == 4, "tiles of 4 x 64");
 
+// Where the keys of a step lie in the cache.
+struct Step {
+  int64_t slots[kAttentionKeys];  // -1 for none
+  int64_t run;                    // the first slot where all follow each other, else -1
+};
+
+// What is left to be asked for of the next step, a line of keys and one of values at a time all through this step: a
+// burst would wait for memory itself.
+struct Ahead {
+  const char *k, *v;    // where the keys follow each other
+  int64_t done, bytes;  // of each
+  int64_t scattered;    // else keys asked for so far
+  MXMOE_INLINE void some() {
+    if (done >= bytes) return;
+    prefetch(k + done);
+    prefetch(v + done);
+    done += 64;
+  }
+};
+
 // All an item needs, on the stack of whichever thread runs it: 73 KB for head_dim 64, 270 KB for 256. A pair is two
 // bfloat16 values in the order of their sum, a quad four int8.
 template <int kDim>
 struct AttentionState {
   alignas(64) bf16 q[kAttentionRows][kDim];
   alignas(64) uint32_t k[kDim / 2][kAttentionKeys];  // pairs along the head; with an int8 cache quads, raised by 128
-  alignas(64) uint32_t v[kPairsOfKeys][kDim];        // pairs of keys
+  alignas(64) uint32_t v[kPairsOfKeys][kDim];        // pairs of keys, in the order that put_in_order takes back
   alignas(64) bf16 p[kTile][kAttentionKeys];
   alignas(64) float k_scale[kAttentionKeys], v_scale[kAttentionKeys];  // k_scale times sm_scale
   alignas(64) float lane_sums[kAttentionRows][kLanes];                 // the denominator, by lanes
@@ -37,9 +57,9 @@ struct AttentionState {
   float q_scale[kAttentionRows];
   int32_t q_start[kAttentionRows];
   RowSums<kDim> total, chunk;
-  int64_t slots[2][kAttentionKeys];  // of this step and the next
-  int64_t asked;                     // how many of the next were asked for
-  bool spreads_nan;                  // a value is a NaN or an infinity, and not every row sees every key
+  Step steps[2];  // this one and the next
+  Ahead ahead;
+  bool spreads_nan;  // a value is a NaN or an infinity, and not every row sees every key
 };
 
 inline __m512bh as_pairs(__m512i x) { return reinterpret_cast<__m512bh>(x); }
@@ -60,9 +80,9 @@ inline __m512i load_32(const int8_t* p, __mmask32 mask) {
   return to_pairs(_mm512_cvtepi32_ps(low), _mm512_cvtepi32_ps(high));
 }
 inline __mmask32 first_32(int64_t n) { return n >= 32 ? ~__mmask32{0} : static_cast<__mmask32>((1u << n) - 1u); }
-template <typename T>
+template <bool kRun, typename T>
 inline __m512i load_slot(const T* from, int64_t slot, int64_t at, __mmask32 mask) {
-  return slot < 0 ? _mm512_setzero_si512() : load_32(from + at, mask);
+  return !kRun && slot < 0 ? _mm512_setzero_si512() : load_32(from + at, mask);
 }
 
 // 64 bytes of a key: 32 bfloat16 values, or 64 of int8 raised by 128 to be unsigned.
@@ -72,83 +92,109 @@ inline __m512i load_key(const int8_t* p, int64_t n) {
   return _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, p), _mm512_set1_epi8(-128));
 }
 
-// Asks for the next step's keys and values up to slot number `until`, a few at a time all through a step: a burst
-// would wait for memory itself.
-template <typename T, int kDim>
-inline void ask(const AttentionItem& t, const int64_t* next_slots, int64_t until, AttentionState<kDim>& s) {
-  for (; s.asked < until; ++s.asked) {
-    prefetch_slot(t, next_slots[s.asked], t.head_dim * static_cast<int64_t>(sizeof(T)));
+inline void look_ahead(const AttentionItem& t, const Step& next, int64_t row_bytes, Ahead& ahead) {
+  const int64_t at = next.run * row_bytes;
+  const int64_t bytes = next.run >= 0 ? kAttentionKeys * row_bytes : 0;
+  ahead = {static_cast<const char*>(t.k) + at, static_cast<const char*>(t.v) + at, 0, bytes, 0};
+  if (bytes == 0 || t.k_scales == nullptr) return;
+  for (int64_t j = 0; j < kAttentionKeys; j += kLanes) {
+    prefetch(t.k_scales + next.run + j);
+    prefetch(t.v_scales + next.run + j);
   }
 }
 
-// Staging keys and staging values take about as long as a tile each.
-inline int64_t num_tiles(const AttentionItem& t) { return (num_rows(t) + kTile - 1) / kTile; }
-inline int64_t asked_while_staging(const AttentionItem& t) { return kAttentionKeys / (num_tiles(t) + 2); }
+// Keys that do not follow each other, up to number `until`.
+inline void ask(const AttentionItem& t, const Step& next, int64_t until, int64_t row_bytes, Ahead& ahead) {
+  if (next.run >= 0) return;
+  for (; ahead.scattered < until; ++ahead.scattered) prefetch_slot(t, next.slots[ahead.scattered], row_bytes);
+}
 
-template <typename T, int kDim>
-inline void stage_keys(const AttentionItem& t, const int64_t* slots, const int64_t* next_slots,
-                       AttentionState<kDim>& s) {
-  const int64_t share = asked_while_staging(t);
+inline int64_t num_tiles(const AttentionItem& t) { return (num_rows(t) + kTile - 1) / kTile; }
+
+// With kRun the step's keys follow each other, and head_dim is kDim.
+template <typename T, bool kRun, int kDim>
+inline void stage_keys(const AttentionItem& t, const Step& step, AttentionState<kDim>& s) {
   constexpr int64_t kPerLane = 4 / sizeof(T);  // values of one lane
   const T* keys = static_cast<const T*>(t.k);
+  const int64_t head_dim = kRun ? kDim : t.head_dim;
   for (int64_t j = 0; j < kAttentionKeys; j += kLanes) {
-    ask<T>(t, next_slots, share * j / kAttentionKeys, s);
-    for (int64_t d = 0; d < t.head_dim; d += kLanes * kPerLane) {
+    for (int64_t d = 0; d < head_dim; d += kLanes * kPerLane) {
       f32v rows[kLanes];
       for (int i = 0; i < kLanes; ++i) {
-        const int64_t slot = slots[j + i];
-        const __m512i key =
-            slot < 0 ? _mm512_setzero_si512() : load_key(keys + slot * t.head_dim + d, t.head_dim - d);
+        const int64_t slot = kRun ? step.run + j + i : step.slots[j + i];
+        const bool none = !kRun && slot < 0;
+        const __m512i key = none ? _mm512_setzero_si512() : load_key(keys + slot * head_dim + d, head_dim - d);
         rows[i].v = _mm512_castsi512_ps(key);
       }
+      for (int i = 0; i < 4; ++i) s.ahead.some();
       transpose(rows);
       for (int i = 0; i < kLanes; ++i) _mm512_store_ps(&s.k[d / kPerLane + i][j], rows[i].v);
     }
   }
 }
 
-template <typename T, int kDim>
-inline void stage_values(const AttentionItem& t, const int64_t* slots, const int64_t* next_slots,
-                         AttentionState<kDim>& s) {
-  const int64_t share = asked_while_staging(t);
+template <typename T, bool kRun, int kDim>
+inline void stage_values(const AttentionItem& t, const Step& step, AttentionState<kDim>& s) {
   const T* values = static_cast<const T*>(t.v);
-  const __m512i low =
-      _mm512_add_epi16(_mm512_set1_epi32(0x00200000),
-                       _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-                                          _mm512_set1_epi32(0x00010001)));
-  const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(kLanes));
+  const int64_t head_dim = kRun ? kDim : t.head_dim;
   for (int64_t j = 0; j < kPairsOfKeys; ++j) {
-    ask<T>(t, next_slots, share + share * j / kPairsOfKeys, s);
-    const int64_t slot0 = slots[2 * j], slot1 = slots[2 * j + 1];
-    for (int64_t d = 0; d < kDim && d < (t.head_dim + 63) / 64 * 64; d += 32) {
-      const __mmask32 mask = first_32(greater(t.head_dim - d, 0));
-      const __m512i v0 = load_slot(values, slot0, slot0 * t.head_dim + d, mask);
-      const __m512i v1 = load_slot(values, slot1, slot1 * t.head_dim + d, mask);
-      _mm512_store_si512(&s.v[j][d], _mm512_permutex2var_epi16(v0, low, v1));
-      _mm512_store_si512(&s.v[j][d + kLanes], _mm512_permutex2var_epi16(v0, high, v1));
+    s.ahead.some();
+    const int64_t slot0 = kRun ? step.run + 2 * j : step.slots[2 * j];
+    const int64_t slot1 = kRun ? step.run + 2 * j + 1 : step.slots[2 * j + 1];
+    for (int64_t d = 0; d < kDim && d < (head_dim + 63) / 64 * 64; d += 32) {
+      const __mmask32 mask = first_32(greater(head_dim - d, 0));
+      const __m512i v0 = load_slot<kRun>(values, slot0, slot0 * head_dim + d, mask);
+      const __m512i v1 = load_slot<kRun>(values, slot1, slot1 * head_dim + d, mask);
+      _mm512_store_si512(&s.v[j][d], _mm512_unpacklo_epi16(v0, v1));
+      _mm512_store_si512(&s.v[j][d + kLanes], _mm512_unpackhi_epi16(v0, v1));
     }
   }
 }
+
+template <int kDim>
+inline void stage_scales(const AttentionItem& t, const Step& step, AttentionState<kDim>& s) {
+  if (step.run >= 0) {
+    const __m512 sm_scale = _mm512_set1_ps(t.sm_scale);
+    for (int64_t j = 0; j < kAttentionKeys; j += kLanes) {
+      _mm512_store_ps(s.k_scale + j, _mm512_mul_ps(_mm512_loadu_ps(t.k_scales + step.run + j), sm_scale));
+      _mm512_store_ps(s.v_scale + j, _mm512_loadu_ps(t.v_scales + step.run + j));
+    }
+    return;
+  }
+  for (int64_t j = 0; j < kAttentionKeys; ++j) {
+    const int64_t slot = step.slots[j];
+    s.k_scale[j] = slot < 0 ? 0.0f : t.k_scales[slot] * t.sm_scale;
+    s.v_scale[j] = slot < 0 ? 0.0f : t.v_scales[slot];
+  }
+}
+
+template <typename T, int kDim>
+inline void stage(const AttentionItem& t, const Step& step, const Step& next, AttentionState<kDim>& s) {
+  look_ahead(t, next, t.head_dim * static_cast<int64_t>(sizeof(T)), s.ahead);
+  if (step.run >= 0 && t.head_dim == kDim) {
+    stage_keys<T, true>(t, step, s);
+    stage_values<T, true>(t, step, s);
+  } else {
+    stage_keys<T, false>(t, step, s);
+    stage_values<T, false>(t, step, s);
+  }
+  if (sizeof(T) == 1) stage_scales(t, step, s);
+}
+
+// Places of the head that staged values fill, in their order.
+inline int64_t staged_dim(const AttentionItem& t) { return (t.head_dim + 31) / 32 * 32; }
 
 template <int kDim>
 inline bool all_finite(const AttentionItem& t, const AttentionState<kDim>& s) {
   const __m512i exponent = _mm512_set1_epi16(0x7f80);
   __mmask32 found = 0;
   for (int64_t j = 0; j < kPairsOfKeys; ++j) {
-    for (int64_t d = 0; d < t.head_dim; d += kLanes) {
+    for (int64_t d = 0; d < staged_dim(t); d += kLanes) {
       const __m512i pairs = _mm512_load_si512(&s.v[j][d]);
       found |= _mm512_cmpeq_epi16_mask(_mm512_and_si512(pairs, exponent), exponent);
     }
   }
   return found == 0;
-}
-
-template <int kDim>
-inline void stage_scales(const AttentionItem& t, const int64_t* slots, AttentionState<kDim>& s) {
-  for (int64_t j = 0; j < kAttentionKeys; ++j) {
-    s.k_scale[j] = slots[j] < 0 ? 0.0f : t.k_scales[slots[j]] * t.sm_scale;
-    s.v_scale[j] = slots[j] < 0 ? 0.0f : t.v_scales[slots[j]];
-  }
 }
 
 // 2^y for y <= 0, good to 3e-6 of itself and exact at 0: a minimax polynomial over [-1/2, 1/2], as the result is
@@ -188,8 +234,10 @@ inline __m512 max_by_rows(const __m512 (&x)[kTile]) {
 
 // acc[r][n] += sum of pairs a[r][i] . b[i][16 n, 16 n + 16) over i.
 template <int64_t kStride, int64_t kStrideA>
-inline void multiply_tile(const bf16* a, const uint32_t* b, int64_t num_pairs, __m512 (&acc)[kTile][kVectors]) {
+inline void multiply_tile(const bf16* a, const uint32_t* b, int64_t num_pairs, Ahead& ahead,
+                          __m512 (&acc)[kTile][kVectors]) {
   for (int64_t i = 0; i < num_pairs; ++i) {
+    ahead.some();
     __m512bh lanes[kVectors];
     for (int n = 0; n < kVectors; ++n) lanes[n] = load_pairs(b + i * kStride + n * kLanes);
     for (int r = 0; r < kTile; ++r) {
@@ -201,8 +249,10 @@ inline void multiply_tile(const bf16* a, const uint32_t* b, int64_t num_pairs, _
 
 // acc[r][n] += sum of quads q[r][i] . k[i][16 n, 16 n + 16) over i.
 template <int64_t kStrideQ>
-inline void add_quads(const int8_t* q, const uint32_t* k, int64_t num_quads, __m512i (&acc)[kTile][kVectors]) {
+inline void add_quads(const int8_t* q, const uint32_t* k, int64_t num_quads, Ahead& ahead,
+                      __m512i (&acc)[kTile][kVectors]) {
   for (int64_t i = 0; i < num_quads; ++i) {
+    ahead.some();
     __m512i lanes[kVectors];
     for (int n = 0; n < kVectors; ++n) lanes[n] = _mm512_load_si512(k + i * kAttentionKeys + n * kLanes);
     for (int r = 0; r < kTile; ++r) {
@@ -217,16 +267,16 @@ inline void add_quads(const int8_t* q, const uint32_t* k, int64_t num_quads, __m
 // Scores of four rows against the quads of an int8 cache, but for the keys' scales: first the high parts of the
 // queries, moved up by 7 bits, then the low ones on top. Products and sums are exact.
 template <int kDim>
-inline void score_quads(const AttentionState<kDim>& s, int64_t row, int64_t num_quads, __m512 (&x)[kTile][kVectors]) {
+inline void score_quads(AttentionState<kDim>& s, int64_t row, int64_t num_quads, __m512 (&x)[kTile][kVectors]) {
   __m512i acc[kTile][kVectors];
   for (auto& of_row : acc) {
     for (__m512i& sum : of_row) sum = _mm512_setzero_si512();
   }
-  add_quads<kDim>(s.q_high[row], s.k[0], num_quads, acc);
+  add_quads<kDim>(s.q_high[row], s.k[0], num_quads, s.ahead, acc);
   for (auto& of_row : acc) {
     for (__m512i& sum : of_row) sum = _mm512_slli_epi32(sum, 7);
   }
-  add_quads<kDim>(s.q_low[row], s.k[0], num_quads, acc);
+  add_quads<kDim>(s.q_low[row], s.k[0], num_quads, s.ahead, acc);
   for (int r = 0; r < kTile; ++r) {
     const __m512i start = _mm512_set1_epi32(s.q_start[row + r]);
     const __m512 scale = _mm512_set1_ps(s.q_scale[row + r]);
@@ -269,7 +319,7 @@ inline __m512 weigh(const AttentionItem& t, AttentionState<kDim>& s, int64_t row
     for (auto& of_row : x) {
       for (__m512& sum : of_row) sum = _mm512_setzero_ps();
     }
-    multiply_tile<kAttentionKeys, kDim>(s.q[row], s.k[0], (t.head_dim + 1) / 2, x);
+    multiply_tile<kAttentionKeys, kDim>(s.q[row], s.k[0], (t.head_dim + 1) / 2, s.ahead, x);
   }
   const __m512 masked = _mm512_set1_ps(float_from_bits(0xff800000u));  // -infinity
   for (int r = 0; r < kTile; ++r) {
@@ -304,7 +354,7 @@ inline void add_values(const AttentionItem& t, AttentionState<kDim>& s, int64_t 
         acc[r][n] = _mm512_mul_ps(_mm512_loadu_ps(&s.chunk.acc[row + r][d + n * kLanes]), factor);
       }
     }
-    multiply_tile<kDim, kAttentionKeys>(s.p[0], &s.v[0][d], kPairsOfKeys, acc);
+    multiply_tile<kDim, kAttentionKeys>(s.p[0], &s.v[0][d], kPairsOfKeys, s.ahead, acc);
     for (int r = 0; r < kTile; ++r) {
       for (int n = 0; n < kVectors; ++n) _mm512_storeu_ps(&s.chunk.acc[row + r][d + n * kLanes], acc[r][n]);
     }
@@ -318,7 +368,7 @@ inline void add_seen_values(const AttentionItem& t, AttentionState<kDim>& s, int
                             const uint64_t (&visible)[kTile]) {
   for (int r = 0; r < kTile; ++r) {
     const __m512 factor = _mm512_permutexvar_ps(_mm512_set1_epi32(r), rescale);
-    for (int64_t d = 0; d < t.head_dim; d += kLanes) {
+    for (int64_t d = 0; d < staged_dim(t); d += kLanes) {
       float* to = &s.chunk.acc[row + r][d];
       __m512 acc = _mm512_mul_ps(_mm512_loadu_ps(to), factor);
       for (int64_t i = 0; i < kPairsOfKeys; ++i) {
@@ -333,11 +383,11 @@ inline void add_seen_values(const AttentionItem& t, AttentionState<kDim>& s, int
 }
 
 template <typename T, int kDim>
-inline void attend_step(const AttentionItem& t, const int64_t* next_slots, AttentionState<kDim>& s, int64_t base) {
+inline void attend_step(const AttentionItem& t, const Step& next, AttentionState<kDim>& s, int64_t base) {
   constexpr bool kScaled = sizeof(T) == 1;
-  const int64_t left = kAttentionKeys - s.asked, before = s.asked;
+  const int64_t row_bytes = t.head_dim * static_cast<int64_t>(sizeof(T));
   for (int64_t row = 0; row < num_rows(t); row += kTile) {
-    ask<T>(t, next_slots, before + left * (row / kTile + 1) / num_tiles(t), s);
+    ask(t, next, kAttentionKeys * (row / kTile + 1) / num_tiles(t), row_bytes, s.ahead);
     uint64_t visible[kTile], any = 0, all = ~uint64_t{0};
     for (int r = 0; r < kTile; ++r) {
       visible[r] = row + r < num_rows(t) ? visible_keys(t, row + r, base) : visible[r - 1];
@@ -354,6 +404,20 @@ inline void attend_step(const AttentionItem& t, const int64_t* next_slots, Atten
   }
 }
 
+// Pairs of keys are made within the quarters of a vector, so that of 32 places in the head every other four come
+// first. Sums of a chunk keep that order to its end.
+template <int kDim>
+inline void put_in_order(AttentionState<kDim>& s, int64_t row) {
+  const __m512i low = _mm512_setr_epi32(0, 1, 2, 3, 16, 17, 18, 19, 4, 5, 6, 7, 20, 21, 22, 23);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  for (int64_t d = 0; d < kDim; d += 2 * kLanes) {
+    float* acc = &s.chunk.acc[row][d];
+    const __m512 first = _mm512_loadu_ps(acc), second = _mm512_loadu_ps(acc + kLanes);
+    _mm512_storeu_ps(acc, _mm512_permutex2var_ps(first, low, second));
+    _mm512_storeu_ps(acc + kLanes, _mm512_permutex2var_ps(first, high, second));
+  }
+}
+
 template <typename T, int kDim>
 inline void attend_chunk(const AttentionItem& t, AttentionState<kDim>& s, int64_t chunk) {
   for (int64_t row = 0; row < num_tiles(t) * kTile; ++row) {
@@ -364,18 +428,21 @@ inline void attend_chunk(const AttentionItem& t, AttentionState<kDim>& s, int64_
   const int64_t begin = greater(first_key(t, 0), chunk * kAttentionChunk);
   const int64_t end = lesser(last_key(t, num_rows(t) - 1) + 1, (chunk + 1) * kAttentionChunk);
   int64_t base = begin / kAttentionKeys * kAttentionKeys;
-  locate(t, base, begin, end, s.slots[0]);
+  // Whoever works on a chunk usually goes on to the next, so its first step is asked for, too.
+  const int64_t visible_end = last_key(t, num_rows(t) - 1) + 1;
+  s.steps[0].run = locate(t, base, begin, end, s.steps[0].slots);
   for (int now = 0; base < end; base += kAttentionKeys, now ^= 1) {
-    locate(t, base + kAttentionKeys, begin, end, s.slots[now ^ 1]);
-    s.asked = 0;
-    stage_keys<T>(t, s.slots[now], s.slots[now ^ 1], s);
-    stage_values<T>(t, s.slots[now], s.slots[now ^ 1], s);
-    if (sizeof(T) == 1) stage_scales(t, s.slots[now], s);
+    Step& next = s.steps[now ^ 1];
+    next.run = locate(t, base + kAttentionKeys, begin, visible_end, next.slots);
+    stage<T>(t, s.steps[now], next, s);
     const bool seen_by_all = first_key(t, num_rows(t) - 1) <= base && last_key(t, 0) >= base + kAttentionKeys - 1;
     s.spreads_nan = !seen_by_all && !all_finite(t, s);
-    attend_step<T>(t, s.slots[now ^ 1], s, base);
+    attend_step<T>(t, next, s, base);
   }
-  for (int64_t row = 0; row < num_rows(t); ++row) s.chunk.l[row] = reduce_add(load(s.lane_sums[row]));
+  for (int64_t row = 0; row < num_rows(t); ++row) {
+    s.chunk.l[row] = reduce_add(load(s.lane_sums[row]));
+    put_in_order(s, row);
+  }
 }
 
 // Up to 16 values of a query, none of a row past the last.

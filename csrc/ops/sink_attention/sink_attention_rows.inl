@@ -38,16 +38,20 @@ inline bool sees_chunk(const AttentionItem& t, int64_t row, int64_t chunk) {
 }
 
 // Rows of the cache that hold the keys [begin, end) of the step that starts at `base`; -1 for the step's others.
-inline void locate(const AttentionItem& t, int64_t base, int64_t begin, int64_t end, int64_t* slots) {
+// Returns the first when all 64 follow each other in one block, else -1.
+inline int64_t locate(const AttentionItem& t, int64_t base, int64_t begin, int64_t end, int64_t* slots) {
   const int64_t stop = lesser(end, base + kAttentionKeys);
   int64_t key = greater(begin, base);
+  int64_t run = -1;
   for (int64_t j = 0; j < kAttentionKeys; ++j) slots[j] = -1;
   while (key < stop) {
     const int64_t block = key / t.block_size, offset = key - block * t.block_size;
     int64_t slot = (int64_t{t.blocks[block]} * t.num_kv_heads + t.kv_head) * t.block_size + offset;
     const int64_t block_end = lesser(stop, key - offset + t.block_size);
+    if (block_end - key == kAttentionKeys) run = slot;
     for (; key < block_end; ++key) slots[key - base] = slot++;
   }
+  return run;
 }
 
 // Asks for a key and its value ahead of their use.
