@@ -390,3 +390,121 @@ def test_torch_tensors_all_the_way(isa):
     got = ops.sink_attention(to_torch(case.q), **tensors)
     assert isinstance(got, torch.Tensor) and got.dtype == torch.bfloat16
     assert_exact(got, case.run())
+
+
+def cache_with_strides(cache, order, extra):
+    """The same cache in memory whose axes lie in another order, the last but `extra` heads further apart."""
+    blocks, heads, size, head_dim = cache.shape
+    shape = [cache.shape[axis] for axis in order]
+    memory = np.full((*shape[:2], shape[2] + extra, head_dim), np.nan, np.float32).astype(cache.dtype)
+    view = memory[:, :, : shape[2]].transpose([*np.argsort(order), 3])
+    view[...] = cache
+    assert view.shape == (blocks, heads, size, head_dim)
+    return view
+
+
+@pytest.mark.parametrize("kv_dtype", ["float32", "bfloat16", "bfloat16/bf16"])
+@pytest.mark.parametrize("order", [(0, 1, 2), (0, 2, 1), (2, 0, 1), (1, 2, 0)])
+@pytest.mark.parametrize("extra", [0, 3])
+def test_caches_of_any_strides(isa, kv_dtype, order, extra):
+    case = make(RAGGED, kv_dtype=kv_dtype, window=33, block_size=7)
+    kwargs = case.kwargs
+    want = case.run()
+    turned = {
+        "k_cache": cache_with_strides(kwargs["k_cache"], order, extra),
+        "v_cache": cache_with_strides(kwargs["v_cache"], order[::-1], 0),
+    }
+    assert turned["k_cache"].strides != turned["v_cache"].strides
+    assert_exact(case.run(**turned), want)
+
+
+def test_strides_that_cut_heads_are_an_error():
+    case = make([(3, 60)], head_dim=16)
+    cache = case.kwargs["v_cache"]
+    memory = np.zeros((*cache.shape[:3], 17), np.float32)
+    with pytest.raises(
+        ValueError, match="v_cache has a stride of 17 elements on axis 2; wanted a multiple of head_dim"
+    ):
+        case.run(v_cache=memory[..., :16])
+
+
+def padded_left(case, starts):
+    """The same sequences with `starts` places of poison before their first keys, and queries there in new ones."""
+    extra = [start if new == length else 0 for (new, length), start in zip(case.sequences, starts, strict=True)]
+    parts = np.split(case.q, case.cu_seqlens[1:-1])
+    queries = [np.concatenate([np.ones((n, *q.shape[1:]), q.dtype), q]) for n, q in zip(extra, parts, strict=True)]
+
+    def shift(stored):
+        shifted = []
+        for x, start in zip(stored, starts, strict=True):
+            values = np.concatenate([np.full((start, *x.values.shape[1:]), 127, x.values.dtype), x.values])
+            scales = x.scales
+            if scales is not None:
+                scales = np.concatenate([np.full((start, scales.shape[1]), np.nan, np.float32), scales])
+            elif start:
+                values[:start] = np.nan
+            shifted.append(Stored(values, scales))
+        return shifted
+
+    longer = replace(
+        case,
+        q=np.concatenate(queries),
+        sequences=[
+            (new + n, length + start) for (new, length), n, start in zip(case.sequences, extra, starts, strict=True)
+        ],
+        keys=shift(case.keys),
+        values=shift(case.values),
+    )
+    own = np.concatenate([np.arange(len(q)) >= n for q, n in zip(queries, extra, strict=True)])
+    kwargs = longer.kwargs | {
+        "seq_lens": np.array([length for _, length in case.sequences], np.int32),
+        "key_starts": np.array(starts, np.int32),
+    }
+    return longer.q, kwargs, own
+
+
+@pytest.mark.parametrize("kv_dtype", KV_MODES)
+@pytest.mark.parametrize("window", [None, 33])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_padding_before_the_first_key_is_not_felt(isa, kv_dtype, window, threads):
+    case = make([(3, 3), (70, 70), (5, 90), (1, 1), (0, 4), (17, 17)], kv_dtype=kv_dtype, window=window)
+    case.sinks[1] = -np.inf
+    q, kwargs, own = padded_left(case, [0, 1, 64, 2100, 9, 0])
+    want_share, share = (np.full((len(x), 4), np.nan, np.float32) for x in (case.q, q))
+    want = case.run(sink_share=want_share)
+    with ops.num_threads(threads):
+        got = guarded(ops.sink_attention, q, **kwargs, shape=q.shape, dtype=np.float32)
+        ops.sink_attention(q, **kwargs, sink_share=share)
+    assert_exact(got[own], want)
+    assert_exact(share[own], want_share)
+    assert_exact(got[~own], np.zeros_like(got[~own]))
+    assert_exact(share[~own], np.tile(np.float32([1, 0, 1, 1]), ((~own).sum(), 1)))
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_padding_in_the_reference(window):
+    case = make([(3, 3), (5, 40)], window=window)
+    q, kwargs, own = padded_left(case, [4, 9])
+    share = np.full(q.shape[:2], np.nan)
+    got = reference.sink_attention(q, **kwargs, sink_share=share)
+    assert_exact(got[own], case.run(reference.sink_attention))
+    assert_exact(got[~own], np.zeros_like(got[~own]))
+    assert (share[~own] == 1).all() and (share[own] < 1).all()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(key_starts=int32(0)), r"key_starts has shape \(1,\)"),
+        (dict(key_starts=int32(0, -1)), r"key_starts\[1\] is -1; wanted 0 or more"),
+        (dict(key_starts=int32(0, 23)), r"seq_lens\[1\] is 90; block_table has room for 89"),
+        (
+            dict(key_starts=int32(1, 0), seq_lens=int32(1, 90)),
+            r"seq_lens\[0\] is 1; wanted at least its 3 new tokens",
+        ),
+        (dict(key_starts=int32(5, 0), seq_lens=int32(-1, 90)), r"seq_lens\[0\] is -1"),
+    ],
+)
+def test_starts_that_do_not_fit(changes, message):
+    with pytest.raises(ValueError, match=message):
+        make([(3, 60), (5, 90)], (8, 2)).run(**changes)

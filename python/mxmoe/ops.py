@@ -548,6 +548,7 @@ def sink_attention(
     seq_lens: Array,
     sm_scale: float,
     sliding_window: int | None = None,
+    key_starts: Array | None = None,
     activations: Activations = "bf16",
     k_scales: Array | None = None,
     v_scales: Array | None = None,
@@ -565,19 +566,24 @@ def sink_attention(
     q : array, shape (num_tokens, num_attention_heads, head_dim), float32 or bfloat16
         The new tokens of all sequences, one sequence after the other. head_dim is at most 256.
     k_cache, v_cache : array, shape (num_blocks, num_key_value_heads, block_size, head_dim)
-        float32, bfloat16 or int8, the new tokens' keys and values included.
+        float32, bfloat16 or int8, the new tokens' keys and values included. Any strides that are multiples of
+        head_dim, but for int8, which is contiguous.
     sinks : array, shape (num_attention_heads,), float32 or bfloat16
     block_table : array, shape (num_sequences, max_blocks), int32
-        Block of the cache that holds a sequence's keys ``[i * block_size, (i + 1) * block_size)``; entries without a
-        visible key are not looked at.
+        Block of the cache that holds a sequence's places ``[i * block_size, (i + 1) * block_size)``; entries without
+        a visible key are not looked at.
     cu_seqlens : array, shape (num_sequences + 1,), int32
         Where each sequence's new tokens begin in `q`.
     seq_lens : array, shape (num_sequences,), int32
-        Keys of each sequence, the new tokens' included.
+        Keys of each sequence, the new tokens' included (but for padding before `key_starts`).
     sm_scale : float
         Multiplies the scores; usually ``head_dim ** -0.5``.
     sliding_window : int, optional
         In keys, the query's own included; None or 0 for full attention.
+    key_starts : array, shape (num_sequences,), int32, optional
+        Place of each sequence's first key; 0 without. What lies before (left padding) is never looked at and has no
+        influence on a single bit. New tokens may begin there, too: one that stands before the first key sees nothing
+        and gives zeros.
     activations : {"float32", "bf16", "int8"}
         "float32" rounds nothing before `out`, nor do the others with a float32 cache. The others, which are one here,
         round queries for a bfloat16 cache to bfloat16, for an int8 cache to 1 / 16256 of a head's largest magnitude,
@@ -608,6 +614,7 @@ def sink_attention(
         block_table,
         cu_seqlens,
         seq_lens,
+        key_starts,
         sm_scale,
         sliding_window or 0,
         activations,

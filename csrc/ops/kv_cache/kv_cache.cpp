@@ -23,7 +23,7 @@ KvRows rows_of(const Tensor& x, const Tensor& cache, const Tensor& scales, const
 
 }  // namespace
 
-void check_kv_cache(const KvCache& cache) {
+void check_kv_cache_shape(const KvCache& cache) {
   check_dtype("k_cache", cache.k, {DType::f32, DType::bf16, DType::i8});
   check_dtype("v_cache", cache.v, {cache.k.dtype});
   check_shape("k_cache", cache.k, {-1, -1, -1, -1}, "(num_blocks, num_key_value_heads, block_size, head_dim)");
@@ -31,8 +31,6 @@ void check_kv_cache(const KvCache& cache) {
   check_value(shape[1] >= 1 && shape[2] >= 1 && shape[3] >= 1, "k_cache has shape ", shape_string(cache.k),
               "; wanted at least 1 head, 1 slot a block and head_dim 1");
   check_shape("v_cache", cache.v, {shape[0], shape[1], shape[2], shape[3]}, "the shape of k_cache");
-  check_contiguous("k_cache", cache.k);
-  check_contiguous("v_cache", cache.v);
   const std::pair<const char*, const Tensor*> scales[] = {{"k_scales", &cache.k_scales},
                                                           {"v_scales", &cache.v_scales}};
   for (const auto& [name, t] : scales) {
@@ -49,7 +47,9 @@ void check_kv_cache(const KvCache& cache) {
 }
 
 void kv_cache_write(const Tensor& k, const Tensor& v, const Tensor& slots, const KvCache& cache) {
-  check_kv_cache(cache);
+  check_kv_cache_shape(cache);
+  check_contiguous("k_cache", cache.k);
+  check_contiguous("v_cache", cache.v);
   check_dtype("k", k, {DType::f32, DType::bf16});
   check_dtype("v", v, {DType::f32, DType::bf16});
   check_dtype("slots", slots, {DType::i64});

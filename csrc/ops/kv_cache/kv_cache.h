@@ -41,6 +41,6 @@ void kv_cache_write_avx2(const KvRows&);
 void kv_cache_write_avx512(const KvRows&);
 
 // Shapes and dtypes of a cache, for every op that takes one.
-void check_kv_cache(const KvCache& cache);
+void check_kv_cache_shape(const KvCache& cache);
 
 }  // namespace mxmoe

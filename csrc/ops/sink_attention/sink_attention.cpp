@@ -29,9 +29,24 @@ void check_rows(const char* name, const Tensor& t, const Tensor& q) {
               " elements; wanted ", t.shape[2]);
 }
 
+// Kernels count in rows of head_dim values, so that one number finds a key and its scale.
+void check_cache_rows(const char* name, const Tensor& t) {
+  if (t.dtype == DType::i8) return check_contiguous(name, t);
+  for (int i = 0; i < 3; ++i) {
+    check_value(t.shape[i] <= 1 || t.stride[i] % t.shape[3] == 0, name, " has a stride of ", t.stride[i],
+                " elements on axis ", i, "; wanted a multiple of head_dim = ", t.shape[3]);
+  }
+}
+
+CacheRows cache_rows(const Tensor& t) {
+  return {t.stride[0] / t.shape[3], t.stride[1] / t.shape[3], t.stride[2] / t.shape[3]};
+}
+
 void check_arrays(const Tensor& q, const KvCache& cache, const Tensor& sinks, const Tensor& sink_share,
                   const Tensor& y) {
-  check_kv_cache(cache);
+  check_kv_cache_shape(cache);
+  check_cache_rows("k_cache", cache.k);
+  check_cache_rows("v_cache", cache.v);
   check_shape("q", q, {-1, -1, cache.k.shape[3]}, "(num_tokens, num_attention_heads, head_dim of k_cache)");
   check_rows("q", q, q);
   check_rows("out", y, q);
@@ -60,7 +75,8 @@ void check_aliasing(const Tensor& q, const KvCache& cache, const Tensor& sinks, 
                       {"sinks", sinks},
                       {"block_table", b.block_table},
                       {"cu_seqlens", b.cu_seqlens},
-                      {"seq_lens", b.seq_lens}});
+                      {"seq_lens", b.seq_lens},
+                      {"key_starts", b.key_starts}});
   }
   check_no_overlap("sink_share", sink_share, "out", y);
 }
@@ -68,6 +84,10 @@ void check_aliasing(const Tensor& q, const KvCache& cache, const Tensor& sinks, 
 // First key that the first new token of a sequence sees.
 int64_t first_visible(int64_t position, int64_t sliding_window) {
   return sliding_window > 0 ? std::max<int64_t>(0, position - sliding_window + 1) : 0;
+}
+
+int64_t key_start(const AttentionBatch& b, int64_t sequence) {
+  return b.key_starts ? b.key_starts.as<int32_t>()[sequence] : 0;
 }
 
 void check_batch(const Tensor& q, const KvCache& cache, const AttentionBatch& b, int64_t sliding_window) {
@@ -79,6 +99,10 @@ void check_batch(const Tensor& q, const KvCache& cache, const AttentionBatch& b,
   check_shape("cu_seqlens", b.cu_seqlens, {num_sequences + 1}, "(num_sequences + 1,)");
   check_shape("block_table", b.block_table, {num_sequences, -1}, "(num_sequences, max_blocks)");
   check_contiguous("block_table", b.block_table);
+  if (b.key_starts) {
+    check_dtype("key_starts", b.key_starts, {DType::i32});
+    check_shape("key_starts", b.key_starts, {num_sequences}, "(num_sequences,)");
+  }
   const int32_t* cu = b.cu_seqlens.as<int32_t>();
   check_value(cu[0] == 0 && cu[num_sequences] == q.shape[0], "cu_seqlens runs from ", cu[0], " to ",
               cu[num_sequences], "; wanted 0 to num_tokens = ", q.shape[0]);
@@ -86,11 +110,14 @@ void check_batch(const Tensor& q, const KvCache& cache, const AttentionBatch& b,
   for (int64_t s = 0; s < num_sequences; ++s) {
     const int64_t added = static_cast<int64_t>(cu[s + 1]) - cu[s], length = b.seq_lens.as<int32_t>()[s];
     check_value(added >= 0, "cu_seqlens falls from ", cu[s], " to ", cu[s + 1], "; wanted it not to fall");
-    check_value(length >= added, "seq_lens[", s, "] is ", length, "; wanted at least its ", added, " new tokens");
-    check_value(length <= max_blocks * block_size, "seq_lens[", s, "] is ", length, "; block_table has room for ",
-                max_blocks * block_size);
+    const int64_t start = key_start(b, s), room = max_blocks * block_size - start;
+    check_value(start >= 0, "key_starts[", s, "] is ", start, "; wanted 0 or more");
+    check_value(length >= std::max<int64_t>(0, added - start), "seq_lens[", s, "] is ", length,
+                "; wanted at least its ", added, " new tokens", start > 0 ? " but those before its first key" : "");
+    check_value(length <= room, "seq_lens[", s, "] is ", length, "; block_table has room for ", room);
     if (added == 0) continue;
-    for (int64_t i = first_visible(length - added, sliding_window) / block_size; i * block_size < length; ++i) {
+    const int64_t first = start + first_visible(length - added, sliding_window);
+    for (int64_t i = first / block_size; i * block_size < start + length; ++i) {
       const int32_t block = b.block_table.as<int32_t>()[s * max_blocks + i];
       check_value(block >= 0 && block < num_blocks, "block_table[", s, ", ", i, "] is ", block, "; wanted 0 to ",
                   num_blocks - 1);
@@ -132,7 +159,7 @@ Work split(const Tensor& q, const KvCache& cache, const AttentionBatch& b, int64
           span.kv_head = kv, span.head = kv * group + h, span.num_heads = std::min(heads_per_item, group - h);
           const int64_t position = first_position + (t - begin);
           span.begin_chunk = first_visible(position, sliding_window) / kAttentionChunk;
-          span.end_chunk = (position + span.num_tokens - 1) / kAttentionChunk + 1;
+          span.end_chunk = std::max<int64_t>(0, position + span.num_tokens - 1) / kAttentionChunk + 1;
           span.partial = work.partial_floats;
           const int64_t chunks = span.end_chunk - span.begin_chunk;
           work.partial_floats += chunks * span.num_tokens * span.num_heads * partial_size(q.shape[2]);
@@ -173,8 +200,10 @@ AttentionItem make_item(const Arguments& a, const Span& span) {
   item.sliding_window = a.sliding_window, item.sm_scale = a.sm_scale;
   item.k = a.cache.k.data, item.v = a.cache.v.data, item.kv_dtype = a.cache.k.dtype;
   item.k_scales = a.cache.k_scales.as<float>(), item.v_scales = a.cache.v_scales.as<float>();
-  item.kv_head = span.kv_head, item.num_kv_heads = a.cache.k.shape[1], item.block_size = a.cache.k.shape[2];
+  item.k_rows = cache_rows(a.cache.k), item.v_rows = cache_rows(a.cache.v);
+  item.kv_head = span.kv_head, item.block_size = a.cache.k.shape[2];
   item.blocks = a.b.block_table.as<int32_t>() + span.sequence * a.b.block_table.shape[1];
+  item.key_start = key_start(a.b, span.sequence);
   item.begin_chunk = span.begin_chunk, item.end_chunk = span.end_chunk;
   return item;
 }

@@ -6,8 +6,9 @@
 // Shapes:   q, y (num_tokens, num_attention_heads, head_dim), the new tokens of all sequences one after the other;
 //           caches as in kv_cache; sinks (num_attention_heads); cu_seqlens (num_sequences + 1), where each sequence's
 //           new tokens begin; seq_lens (num_sequences), keys of each sequence, the new tokens' own included;
-//           block_table (num_sequences, max_blocks), the cache block that holds keys [b * block_size, (b + 1) *
-//           block_size); sink_share (num_tokens, num_attention_heads).
+//           block_table (num_sequences, max_blocks), the cache block that holds places [b * block_size, (b + 1) *
+//           block_size); key_starts (num_sequences) or none, the place of each sequence's first key, else 0;
+//           sink_share (num_tokens, num_attention_heads).
 // Dtypes:   q, y, sinks float32 or bfloat16; caches float32, bfloat16 or int8 with float32 scales; tables int32;
 //           sink_share float32. Sums and softmax are float32; one rounding at y. With a float32 cache or
 //           Activations::f32 nothing else is rounded: keys and values are widened exactly. Otherwise (bf16 or i8) two
@@ -16,14 +17,18 @@
 //           values. The denominator sums the weights so rounded. An int8 cache's key scales multiply the scores, its
 //           value scales the weights before their rounding; there the denominator sums the weights with neither scale
 //           nor rounding.
-// Layout:   q and y contiguous but for a token stride; the rest contiguous.
+// Layout:   q and y contiguous but for a token stride; strides of float32 and bfloat16 caches are multiples of
+//           head_dim, each cache's its own; the rest contiguous.
 // Units:    sliding_window in keys, the query's own included; 0 means full attention.
 // Requires: the new tokens' keys are already in the cache; head_dim <= 256; Hq a multiple of Hkv; block_table entries
-//           of blocks with a visible key within [0, num_blocks), others are not looked at.
+//           of blocks with a visible key within [0, num_blocks), others are not looked at; seq_lens + key_starts >=
+//           new tokens. A new token before its sequence's first key (padding) sees no key: y is 0, its share 1 (0 for
+//           a sink of -infinity).
 // Calls:    no overlap; (sequence x key/value head x queries) is spread over threads, and where that is too little
 //           work for them, (x chunk of keys), which takes scratch for the chunks' sums. Keys are taken in steps of 64
 //           and summed up by chunks of 1024, both at fixed positions, and chunks are merged in order, so that a row's
-//           bits depend neither on its neighbours or the threads, nor on how the prompt was split, nor on the paging.
+//           bits depend neither on its neighbours or the threads, nor on how the prompt was split, nor on the paging,
+//           the places before the first key or the caches' strides.
 // Source:   model card section 2.3; Dao 2023 (FlashAttention-2) section 3.1; Xiao et al. 2023 (attention sinks).
 #pragma once
 
@@ -33,7 +38,7 @@
 namespace mxmoe {
 
 struct AttentionBatch {
-  Tensor cu_seqlens, seq_lens, block_table;
+  Tensor cu_seqlens, seq_lens, block_table, key_starts;
 };
 
 void sink_attention(const Tensor& q, const KvCache& cache, const Tensor& sinks, const AttentionBatch& batch,
@@ -47,6 +52,14 @@ constexpr int64_t kAttentionChunk = 1024;  // keys that are summed before they m
 constexpr int64_t kPartialHead = 16;       // maximum and denominator, and what keeps the values aligned
 // Floats of a row's sums over one chunk.
 inline int64_t partial_size(int64_t head_dim) { return kPartialHead + (head_dim + 15) / 16 * 16; }
+
+// Strides of a cache in rows of head_dim values.
+struct CacheRows {
+  int64_t block, head, key;
+  int64_t of(int64_t in_block, int64_t in_head, int64_t offset) const {
+    return in_block * block + in_head * head + offset * key;
+  }
+};
 
 // Rows of one sequence that share a key/value head: tokens [0, num_tokens) x heads [0, num_heads), at most
 // kAttentionRows. Pointers are to the first token and head.
@@ -69,8 +82,10 @@ struct AttentionItem {
   const float* k_scales;
   const float* v_scales;
   DType kv_dtype;
-  int64_t kv_head, num_kv_heads, block_size;
+  CacheRows k_rows, v_rows;
+  int64_t kv_head, block_size;
   const int32_t* blocks;           // this sequence's row of the block table
+  int64_t key_start;               // place of the sequence's first key in its blocks
   int64_t begin_chunk, end_chunk;  // of the keys to look at
   // Where chunks are computed apart: [chunk - partial_chunk][row][partial_size]. Null when this item has them all.
   float* partial;

@@ -21,12 +21,6 @@ constexpr int kVectors = kAttentionKeys / kLanes;  // vectors of a tile's row
 constexpr int64_t kPairsOfKeys = kAttentionKeys / 2;
 static_assert(kAttentionRows % kTile == 0 && kVectors == 4, "tiles of 4 x 64");
 
-// Where the keys of a step lie in the cache.
-struct Step {
-  int64_t slots[kAttentionKeys];  // -1 for none
-  int64_t run;                    // the first slot where all follow each other, else -1
-};
-
 // What is left to be asked for of the next step, a line of keys and one of values at a time all through this step: a
 // burst would wait for memory itself.
 struct Ahead {
@@ -57,7 +51,7 @@ struct AttentionState {
   float q_scale[kAttentionRows];
   int32_t q_start[kAttentionRows];
   RowSums<kDim> total, chunk;
-  Step steps[2];  // this one and the next
+  Slots slots[2];  // of this step and the next
   Ahead ahead;
   bool spreads_nan;  // a value is a NaN or an infinity, and not every row sees every key
 };
@@ -92,28 +86,30 @@ inline __m512i load_key(const int8_t* p, int64_t n) {
   return _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, p), _mm512_set1_epi8(-128));
 }
 
-inline void look_ahead(const AttentionItem& t, const Step& next, int64_t row_bytes, Ahead& ahead) {
-  const int64_t at = next.run * row_bytes;
-  const int64_t bytes = next.run >= 0 ? kAttentionKeys * row_bytes : 0;
-  ahead = {static_cast<const char*>(t.k) + at, static_cast<const char*>(t.v) + at, 0, bytes, 0};
-  if (bytes == 0 || t.k_scales == nullptr) return;
+inline void look_ahead(const AttentionItem& t, const Slots& next, int64_t row_bytes, Ahead& ahead) {
+  ahead = {nullptr, nullptr, 0, 0, 0};
+  if (!next.run) return;
+  ahead.k = static_cast<const char*>(t.k) + next.k[0] * row_bytes;
+  ahead.v = static_cast<const char*>(t.v) + next.v[0] * row_bytes;
+  ahead.bytes = kAttentionKeys * row_bytes;
+  if (t.k_scales == nullptr) return;
   for (int64_t j = 0; j < kAttentionKeys; j += kLanes) {
-    prefetch(t.k_scales + next.run + j);
-    prefetch(t.v_scales + next.run + j);
+    prefetch(t.k_scales + next.k[j]);
+    prefetch(t.v_scales + next.k[j]);
   }
 }
 
 // Keys that do not follow each other, up to number `until`.
-inline void ask(const AttentionItem& t, const Step& next, int64_t until, int64_t row_bytes, Ahead& ahead) {
-  if (next.run >= 0) return;
-  for (; ahead.scattered < until; ++ahead.scattered) prefetch_slot(t, next.slots[ahead.scattered], row_bytes);
+inline void ask(const AttentionItem& t, const Slots& next, int64_t until, int64_t row_bytes, Ahead& ahead) {
+  if (next.run) return;
+  for (; ahead.scattered < until; ++ahead.scattered) prefetch_slot(t, next, ahead.scattered, row_bytes);
 }
 
 inline int64_t num_tiles(const AttentionItem& t) { return (num_rows(t) + kTile - 1) / kTile; }
 
 // With kRun the step's keys follow each other, and head_dim is kDim.
 template <typename T, bool kRun, int kDim>
-inline void stage_keys(const AttentionItem& t, const Step& step, AttentionState<kDim>& s) {
+inline void stage_keys(const AttentionItem& t, const Slots& slots, AttentionState<kDim>& s) {
   constexpr int64_t kPerLane = 4 / sizeof(T);  // values of one lane
   const T* keys = static_cast<const T*>(t.k);
   const int64_t head_dim = kRun ? kDim : t.head_dim;
@@ -121,7 +117,7 @@ inline void stage_keys(const AttentionItem& t, const Step& step, AttentionState<
     for (int64_t d = 0; d < head_dim; d += kLanes * kPerLane) {
       f32v rows[kLanes];
       for (int i = 0; i < kLanes; ++i) {
-        const int64_t slot = kRun ? step.run + j + i : step.slots[j + i];
+        const int64_t slot = kRun ? slots.k[0] + j + i : slots.k[j + i];
         const bool none = !kRun && slot < 0;
         const __m512i key = none ? _mm512_setzero_si512() : load_key(keys + slot * head_dim + d, head_dim - d);
         rows[i].v = _mm512_castsi512_ps(key);
@@ -134,13 +130,13 @@ inline void stage_keys(const AttentionItem& t, const Step& step, AttentionState<
 }
 
 template <typename T, bool kRun, int kDim>
-inline void stage_values(const AttentionItem& t, const Step& step, AttentionState<kDim>& s) {
+inline void stage_values(const AttentionItem& t, const Slots& slots, AttentionState<kDim>& s) {
   const T* values = static_cast<const T*>(t.v);
   const int64_t head_dim = kRun ? kDim : t.head_dim;
   for (int64_t j = 0; j < kPairsOfKeys; ++j) {
     s.ahead.some();
-    const int64_t slot0 = kRun ? step.run + 2 * j : step.slots[2 * j];
-    const int64_t slot1 = kRun ? step.run + 2 * j + 1 : step.slots[2 * j + 1];
+    const int64_t slot0 = kRun ? slots.v[0] + 2 * j : slots.v[2 * j];
+    const int64_t slot1 = kRun ? slots.v[0] + 2 * j + 1 : slots.v[2 * j + 1];
     for (int64_t d = 0; d < kDim && d < (head_dim + 63) / 64 * 64; d += 32) {
       const __mmask32 mask = first_32(greater(head_dim - d, 0));
       const __m512i v0 = load_slot<kRun>(values, slot0, slot0 * head_dim + d, mask);
@@ -152,33 +148,33 @@ inline void stage_values(const AttentionItem& t, const Step& step, AttentionStat
 }
 
 template <int kDim>
-inline void stage_scales(const AttentionItem& t, const Step& step, AttentionState<kDim>& s) {
-  if (step.run >= 0) {
+inline void stage_scales(const AttentionItem& t, const Slots& slots, AttentionState<kDim>& s) {
+  if (slots.run) {
     const __m512 sm_scale = _mm512_set1_ps(t.sm_scale);
     for (int64_t j = 0; j < kAttentionKeys; j += kLanes) {
-      _mm512_store_ps(s.k_scale + j, _mm512_mul_ps(_mm512_loadu_ps(t.k_scales + step.run + j), sm_scale));
-      _mm512_store_ps(s.v_scale + j, _mm512_loadu_ps(t.v_scales + step.run + j));
+      _mm512_store_ps(s.k_scale + j, _mm512_mul_ps(_mm512_loadu_ps(t.k_scales + slots.k[0] + j), sm_scale));
+      _mm512_store_ps(s.v_scale + j, _mm512_loadu_ps(t.v_scales + slots.k[0] + j));
     }
     return;
   }
   for (int64_t j = 0; j < kAttentionKeys; ++j) {
-    const int64_t slot = step.slots[j];
+    const int64_t slot = slots.k[j];
     s.k_scale[j] = slot < 0 ? 0.0f : t.k_scales[slot] * t.sm_scale;
     s.v_scale[j] = slot < 0 ? 0.0f : t.v_scales[slot];
   }
 }
 
 template <typename T, int kDim>
-inline void stage(const AttentionItem& t, const Step& step, const Step& next, AttentionState<kDim>& s) {
+inline void stage(const AttentionItem& t, const Slots& slots, const Slots& next, AttentionState<kDim>& s) {
   look_ahead(t, next, t.head_dim * static_cast<int64_t>(sizeof(T)), s.ahead);
-  if (step.run >= 0 && t.head_dim == kDim) {
-    stage_keys<T, true>(t, step, s);
-    stage_values<T, true>(t, step, s);
+  if (slots.run && t.head_dim == kDim) {
+    stage_keys<T, true>(t, slots, s);
+    stage_values<T, true>(t, slots, s);
   } else {
-    stage_keys<T, false>(t, step, s);
-    stage_values<T, false>(t, step, s);
+    stage_keys<T, false>(t, slots, s);
+    stage_values<T, false>(t, slots, s);
   }
-  if (sizeof(T) == 1) stage_scales(t, step, s);
+  if (sizeof(T) == 1) stage_scales(t, slots, s);
 }
 
 // Places of the head that staged values fill, in their order.
@@ -383,7 +379,7 @@ inline void add_seen_values(const AttentionItem& t, AttentionState<kDim>& s, int
 }
 
 template <typename T, int kDim>
-inline void attend_step(const AttentionItem& t, const Step& next, AttentionState<kDim>& s, int64_t base) {
+inline void attend_step(const AttentionItem& t, const Slots& next, AttentionState<kDim>& s, int64_t base) {
   constexpr bool kScaled = sizeof(T) == 1;
   const int64_t row_bytes = t.head_dim * static_cast<int64_t>(sizeof(T));
   for (int64_t row = 0; row < num_rows(t); row += kTile) {
@@ -430,11 +426,11 @@ inline void attend_chunk(const AttentionItem& t, AttentionState<kDim>& s, int64_
   int64_t base = begin / kAttentionKeys * kAttentionKeys;
   // Whoever works on a chunk usually goes on to the next, so its first step is asked for, too.
   const int64_t visible_end = last_key(t, num_rows(t) - 1) + 1;
-  s.steps[0].run = locate(t, base, begin, end, s.steps[0].slots);
+  locate(t, base, begin, end, s.slots[0]);
   for (int now = 0; base < end; base += kAttentionKeys, now ^= 1) {
-    Step& next = s.steps[now ^ 1];
-    next.run = locate(t, base + kAttentionKeys, begin, visible_end, next.slots);
-    stage<T>(t, s.steps[now], next, s);
+    Slots& next = s.slots[now ^ 1];
+    locate(t, base + kAttentionKeys, begin, visible_end, next);
+    stage<T>(t, s.slots[now], next, s);
     const bool seen_by_all = first_key(t, num_rows(t) - 1) <= base && last_key(t, 0) >= base + kAttentionKeys - 1;
     s.spreads_nan = !seen_by_all && !all_finite(t, s);
     attend_step<T>(t, next, s, base);

@@ -15,7 +15,7 @@ struct AttentionState {
   float kt[kDim][kAttentionKeys];  // keys transposed: lanes are keys in the scores
   float v[kAttentionKeys][kDim];
   float k_scale[kAttentionKeys], v_scale[kAttentionKeys];
-  int64_t slots[2][kAttentionKeys];                     // of this step and the next
+  Slots slots[2];                                       // of this step and the next
   int64_t first[kAttentionRows], last[kAttentionRows];  // visible keys
 };
 
@@ -30,12 +30,12 @@ inline f32v rounded(f32v x) {
 
 // kLanes keys, whose first is key j of the step, from the cache to columns of kt.
 template <typename T, int kDim>
-inline void load_keys(const AttentionItem& t, const int64_t* slots, int64_t j, AttentionState<kDim>& s) {
+inline void load_keys(const AttentionItem& t, const Slots& slots, int64_t j, AttentionState<kDim>& s) {
   for (int64_t d = 0; d < t.head_dim; d += kLanes) {
     const int count = static_cast<int>(lesser(t.head_dim - d, kLanes));
     f32v rows[kLanes];
     for (int i = 0; i < kLanes; ++i) {
-      const int64_t slot = slots[j + i];
+      const int64_t slot = slots.k[j + i];
       rows[i] = slot < 0 ? zero() : load_n(static_cast<const T*>(t.k) + slot * t.head_dim + d, count);
     }
     transpose(rows);
@@ -45,19 +45,18 @@ inline void load_keys(const AttentionItem& t, const int64_t* slots, int64_t j, A
 
 // Keys and values of a step, in float32; where a slot is -1 they are zero.
 template <typename T, int kDim>
-inline void load_step(const AttentionItem& t, const int64_t* slots, const int64_t* next_slots,
-                      AttentionState<kDim>& s) {
+inline void load_step(const AttentionItem& t, const Slots& slots, const Slots& next_slots, AttentionState<kDim>& s) {
   for (int64_t j = 0; j < kAttentionKeys; j += kLanes) load_keys<T>(t, slots, j, s);
   for (int64_t j = 0; j < kAttentionKeys; ++j) {
-    prefetch_slot(t, next_slots[j], t.head_dim * static_cast<int64_t>(sizeof(T)));
-    const int64_t slot = slots[j];
+    prefetch_slot(t, next_slots, j, t.head_dim * static_cast<int64_t>(sizeof(T)));
+    const int64_t slot = slots.v[j];
     for (int64_t d = 0; d < t.head_dim; d += kLanes) {
       const int count = static_cast<int>(lesser(t.head_dim - d, kLanes));
       store(&s.v[j][d], slot < 0 ? zero() : load_n(static_cast<const T*>(t.v) + slot * t.head_dim + d, count));
     }
     if (t.k_scales == nullptr) continue;
-    s.k_scale[j] = slot < 0 ? 0.0f : t.k_scales[slot];
-    s.v_scale[j] = slot < 0 ? 0.0f : t.v_scales[slot];
+    s.k_scale[j] = slot < 0 ? 0.0f : t.k_scales[slots.k[j]];
+    s.v_scale[j] = slot < 0 ? 0.0f : t.v_scales[slots.k[j]];
   }
 }
 

@@ -27,7 +27,8 @@ struct RowSums {
 
 inline int64_t num_rows(const AttentionItem& t) { return t.num_tokens * t.num_heads; }
 
-// Keys that a row sees: [first, last]. Rows of later tokens come later, so both grow with the row.
+// Keys that a row sees: [first, last]; none when last is negative. Rows of later tokens come later, so both grow with
+// the row.
 inline int64_t last_key(const AttentionItem& t, int64_t row) { return t.first_position + row / t.num_heads; }
 inline int64_t first_key(const AttentionItem& t, int64_t row) {
   return t.sliding_window > 0 ? greater(0, last_key(t, row) - t.sliding_window + 1) : 0;
@@ -37,29 +38,39 @@ inline bool sees_chunk(const AttentionItem& t, int64_t row, int64_t chunk) {
   return last_key(t, row) >= chunk * kAttentionChunk && first_key(t, row) < (chunk + 1) * kAttentionChunk;
 }
 
-// Rows of the cache that hold the keys [begin, end) of the step that starts at `base`; -1 for the step's others.
-// Returns the first when all 64 follow each other in one block, else -1.
-inline int64_t locate(const AttentionItem& t, int64_t base, int64_t begin, int64_t end, int64_t* slots) {
+// Where the keys of a step and their values lie, in rows of head_dim values from the caches' starts; -1 for none. An
+// int8 cache's scales have the places of its keys.
+struct Slots {
+  int64_t k[kAttentionKeys], v[kAttentionKeys];
+  bool run;  // all are there, and follow each other
+};
+
+// Finds the keys [begin, end) of the step that starts at `base`.
+inline void locate(const AttentionItem& t, int64_t base, int64_t begin, int64_t end, Slots& slots) {
+  const CacheRows k_rows = t.k_rows, v_rows = t.v_rows;  // copies, which no store below can change
   const int64_t stop = lesser(end, base + kAttentionKeys);
   int64_t key = greater(begin, base);
-  int64_t run = -1;
-  for (int64_t j = 0; j < kAttentionKeys; ++j) slots[j] = -1;
+  slots.run = false;
+  for (int64_t j = 0; j < key - base; ++j) slots.k[j] = slots.v[j] = -1;
+  for (int64_t j = greater(stop, key) - base; j < kAttentionKeys; ++j) slots.k[j] = slots.v[j] = -1;
   while (key < stop) {
-    const int64_t block = key / t.block_size, offset = key - block * t.block_size;
-    int64_t slot = (int64_t{t.blocks[block]} * t.num_kv_heads + t.kv_head) * t.block_size + offset;
-    const int64_t block_end = lesser(stop, key - offset + t.block_size);
-    if (block_end - key == kAttentionKeys) run = slot;
-    for (; key < block_end; ++key) slots[key - base] = slot++;
+    const int64_t place = key + t.key_start, block = place / t.block_size, offset = place - block * t.block_size;
+    const int64_t k = k_rows.of(t.blocks[block], t.kv_head, offset);
+    const int64_t v = v_rows.of(t.blocks[block], t.kv_head, offset);
+    const int64_t count = lesser(stop - key, t.block_size - offset);
+    slots.run = count == kAttentionKeys && k_rows.key == 1 && v_rows.key == 1;
+    for (int64_t i = 0; i < count; ++i) slots.k[key - base + i] = k + i * k_rows.key;
+    for (int64_t i = 0; i < count; ++i) slots.v[key - base + i] = v + i * v_rows.key;
+    key += count;
   }
-  return run;
 }
 
-// Asks for a key and its value ahead of their use.
-inline void prefetch_slot(const AttentionItem& t, int64_t slot, int64_t row_bytes) {
-  if (slot < 0) return;
+// Asks for key number j of a step and its value ahead of their use.
+inline void prefetch_slot(const AttentionItem& t, const Slots& slots, int64_t j, int64_t row_bytes) {
+  if (slots.k[j] < 0) return;
   for (int64_t i = 0; i < row_bytes; i += 64) {
-    prefetch(static_cast<const char*>(t.k) + slot * row_bytes + i);
-    prefetch(static_cast<const char*>(t.v) + slot * row_bytes + i);
+    prefetch(static_cast<const char*>(t.k) + slots.k[j] * row_bytes + i);
+    prefetch(static_cast<const char*>(t.v) + slots.v[j] * row_bytes + i);
   }
 }
 
@@ -91,7 +102,8 @@ inline void store_rows(const AttentionItem& t, const RowSums<kDim>& s) {
   for (int64_t row = 0; row < num_rows(t); ++row) {
     const int64_t i = row / t.num_heads, h = row % t.num_heads;
     const int64_t at = i * t.y_token_stride + h * t.head_dim;
-    const f32v l = set1(s.l[row]);
+    const float total = last_key(t, row) < 0 ? 1.0f : s.l[row];  // of no key and a sink of -infinity it is 0
+    const f32v l = set1(total);
     for (int64_t d = 0; d < t.head_dim; d += kLanes) {
       const int count = static_cast<int>(lesser(t.head_dim - d, kLanes));
       const f32v value = div(load(&s.acc[row][d]), l);
@@ -102,7 +114,7 @@ inline void store_rows(const AttentionItem& t, const RowSums<kDim>& s) {
       }
     }
     if (t.sink_share != nullptr) {
-      t.sink_share[i * t.share_token_stride + h] = std::exp(t.sinks[h] - s.m[row]) / s.l[row];
+      t.sink_share[i * t.share_token_stride + h] = std::exp(t.sinks[h] - s.m[row]) / total;
     }
   }
 }

@@ -504,6 +504,7 @@ def sink_attention(
     seq_lens: ArrayLike,
     sm_scale: float,
     sliding_window: int | None = None,
+    key_starts: ArrayLike | None = None,
     activations: str = "float32",
     k_scales: Array | None = None,
     v_scales: Array | None = None,
@@ -523,8 +524,7 @@ def sink_attention(
     k_cache, v_cache : (num_blocks, Hkv, block_size, D) float or int8
     sinks : (Hq,) float
     block_table : (B, max_blocks) int32
-        Block that holds positions ``i * block_size ...`` of sequence b; only blocks with visible keys are
-        read.
+        Block that holds places ``i * block_size ...`` of sequence b; only blocks with visible keys are read.
     cu_seqlens : (B + 1,) int32
         Sequence b owns the queries ``cu_seqlens[b]:cu_seqlens[b + 1]``.
     seq_lens : (B,) int32
@@ -532,6 +532,8 @@ def sink_attention(
     sm_scale : float
     sliding_window : int, optional
         Keys a query sees, its own included; None or 0 for all.
+    key_starts : (B,) int32, optional
+        Place of the key at position 0; queries before it, at negative positions, give 0.
     k_scales, v_scales : (num_blocks, Hkv, block_size) float32, optional
         Scales of an int8 cache.
     sink_share : (T, Hq) array, optional
@@ -543,6 +545,7 @@ def sink_attention(
     """
     q, sinks = _f64(q), _f64(sinks)
     table, cu, lens = np.asarray(block_table), np.asarray(cu_seqlens), np.asarray(seq_lens)
+    starts = np.zeros(len(lens), np.int64) if key_starts is None else np.asarray(key_starts)
     block_size, group = k_cache.shape[2], q.shape[1] // k_cache.shape[1]
     result = np.zeros(q.shape)
 
@@ -554,11 +557,13 @@ def sink_attention(
         for t in range(int(cu[b]), int(cu[b + 1])):
             position = int(lens[b]) - int(cu[b + 1]) + t
             first = max(0, position - sliding_window + 1) if sliding_window else 0
-            page, place = np.divmod(np.arange(first, position + 1), block_size)
+            page, place = np.divmod(int(starts[b]) + np.arange(first, position + 1), block_size)
             keys = np.repeat(gather(k_cache, k_scales, table[b, page], place), group, axis=1)
             values = np.repeat(gather(v_cache, v_scales, table[b, page], place), group, axis=1)
             scores = np.einsum("hd,jhd->hj", q[t], keys) * sm_scale
-            weights = _softmax(np.concatenate([scores, sinks[:, None]], axis=1))
+            logits = np.concatenate([scores, sinks[:, None]], axis=1)
+            # Before the first key there is the sink alone, or nothing at all.
+            weights = _softmax(logits) if position >= 0 else (logits > -np.inf).astype(np.float64)
             result[t] = np.einsum("hj,jhd->hd", weights[:, :-1], values)
             if sink_share is not None:
                 sink_share[t] = weights[:, -1].astype(sink_share.dtype)
