@@ -1,4 +1,7 @@
-"""Options and fixtures of the benches: ``pytest bench [--full] [--threads N] [--model PATH]``."""
+"""Options and fixtures of the benches: ``pytest bench [--full] [--threads N] [--model PATH]``.
+
+``--layers`` and ``--experts`` are for bench_transformers.py.
+"""
 
 from __future__ import annotations
 
@@ -21,6 +24,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--full", action="store_true", help="every shape and mode, not only a small selection")
     group.addoption("--threads", type=int, default=0, help="threads of the ops and of their peers; 0 for all CPUs")
     group.addoption("--model", default=None, help="folder of the checkpoint that bench_model.py times")
+    group.addoption("--layers", type=int, default=2, help="layers that bench_transformers.py times")
+    group.addoption("--experts", type=int, default=32, help="experts of each; 32 take 1.6 GB a layer in its peers")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -1,0 +1,218 @@
+"""The quantizer through which ``from_pretrained(path, quantization_config=MxmoeConfig())`` loads MXFP4 experts."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import mmap
+from typing import Any, Literal
+
+import torch
+from transformers.quantizers import auto
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from mxmoe.integrations._transformers.modules import MATRICES, Linear, Mxfp4Experts, Panels
+from mxmoe.ops import Activations
+
+__all__ = ["MxmoeConfig", "MxmoeQuantizer", "register_quantization"]
+
+METHOD = "mxmoe"
+_ACTIVATIONS = ("float32", "bf16", "int8")
+_DENSE = ("mxmoe", "torch")
+# Linux, <asm-generic/mman-common.h>: give the pages back, but keep what they hold.
+_MADV_PAGEOUT = 21
+
+
+class MxmoeConfig(QuantizationConfigMixin):
+    """Load a gpt-oss checkpoint with its experts as they are stored, in MXFP4, and run them by mxmoe's kernels.
+
+    Parameters
+    ----------
+    activations : {"float32", "bf16", "int8"}, optional
+        What activations are rounded to before they meet an expert's weight (see `mxmoe.ops.mxfp4_moe`). By default
+        as the rest of the model: "float32" for ``dtype=torch.float32``, else "bf16".
+    dense : {"mxmoe", "torch"}, optional
+        Who multiplies by the attention's projections and by lm_head. "mxmoe", the default for
+        ``dtype=torch.bfloat16``, is much the faster on one token, sums in float32, and freezes their weights (biases,
+        and adapters beside them, can be trained). "torch", the default for all else, leaves transformers' layers as
+        they are.
+    **stored
+        What the checkpoint's own ``quantization_config`` says beside its method; kept for saving.
+
+    Raises
+    ------
+    ValueError
+        `activations` or `dense` is something else.
+
+    Notes
+    -----
+    Written to a ``config.json`` it is an ``mxfp4`` configuration again, as the checkpoint had it.
+    """
+
+    def __init__(
+        self, activations: Activations | None = None, dense: Literal["mxmoe", "torch"] | None = None, **stored: Any
+    ) -> None:
+        for name, value, choices in (("activations", activations, _ACTIVATIONS), ("dense", dense, _DENSE)):
+            if value is not None and value not in choices:
+                wanted = ", ".join(map(repr, choices))
+                raise ValueError(f"{name} is {value!r}; wanted None or one of {wanted}")
+        self.quant_method: Any = METHOD
+        self.activations, self.dense = activations, dense
+        self.stored = {name: value for name, value in stored.items() if name != "quant_method"}
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return what a ``config.json`` holds."""
+        return {**copy.deepcopy(self.stored), "quant_method": "mxfp4"}
+
+    def over(self, stored: Any) -> MxmoeConfig:
+        """Return a copy that remembers the checkpoint's configuration.
+
+        Parameters
+        ----------
+        stored : dict or QuantizationConfigMixin
+
+        Raises
+        ------
+        ValueError
+            It is not one of MXFP4.
+        """
+        held = stored if isinstance(stored, dict) else stored.to_dict()
+        method = held.get("quant_method")
+        method = getattr(method, "value", method)
+        if method not in ("mxfp4", METHOD):
+            raise ValueError(f"MxmoeConfig came with a checkpoint whose quant_method is {method!r}; wanted 'mxfp4'")
+        return MxmoeConfig(self.activations, self.dense, **held)
+
+
+def _on_cpu(device_map: Any) -> bool:
+    if isinstance(device_map, str) and device_map in ("auto", "balanced", "balanced_low_0", "sequential"):
+        return not torch.accelerator.is_available()
+    places = device_map.values() if isinstance(device_map, dict) else [device_map]
+    return all(place is None or str(place) == "cpu" for place in places)
+
+
+def _page_out(tensor: torch.Tensor) -> None:
+    """Ask the system to take back the memory of a mapped file; what it holds stays readable."""
+    first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    nbytes = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
+    madvise = getattr(ctypes.CDLL(None), "madvise", None)
+    if madvise is not None and nbytes > 0:
+        madvise(ctypes.c_void_p(first), ctypes.c_size_t(nbytes), ctypes.c_int(_MADV_PAGEOUT))
+
+
+class MxmoeQuantizer(HfQuantizer):
+    """Puts `Mxfp4Experts` in the place of a model's experts, and loads blocks and scales into them as they are."""
+
+    requires_calibration = False
+    quantization_config: MxmoeConfig
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Raise ValueError for a checkpoint or device map that this cannot load."""
+        if not self.pre_quantized:
+            raise ValueError(
+                "MxmoeConfig was given for a checkpoint without MXFP4 experts (its config has no quantization_config "
+                "with quant_method 'mxfp4'); load it without, with experts_implementation='mxmoe'"
+            )
+        if not _on_cpu(device_map):
+            raise ValueError(f"device_map is {device_map!r}; wanted the CPU, which is where mxmoe's kernels run")
+
+    def _process_model_before_weight_loading(self, model: Any, use_kernels: bool = False, **kwargs: Any) -> None:
+        if use_kernels:
+            raise ValueError("use_kernels=True would replace the layers that MxmoeConfig puts in; wanted False")
+        config = model.config.get_text_config()
+        dtype = torch.get_default_dtype()
+        follow: Activations = "float32" if dtype == torch.float32 else "bf16"
+        activations = self.quantization_config.activations or follow
+        found = [name for name, module in model.named_modules() if type(module).__name__ == "GptOssExperts"]
+        if not found:
+            raise ValueError(f"MxmoeConfig knows gpt-oss models; came {type(model).__name__}")
+        with torch.device("meta"):
+            for name in found:
+                model.set_submodule(name, Mxfp4Experts(config, activations))
+            for name, module in self._dense(model, dtype):
+                model.set_submodule(name, Linear(module.in_features, module.out_features, module.bias is not None))
+
+    def _dense(self, model: Any, dtype: torch.dtype) -> list[tuple[str, torch.nn.Linear]]:
+        """Find the dense layers that the kernels are to run."""
+        dense = self.quantization_config.dense
+        if dense == "mxmoe" and dtype != torch.bfloat16:
+            raise ValueError(f"dense is 'mxmoe' with dtype {dtype}; wanted torch.bfloat16, or dense='torch'")
+        if dense == "torch" or dtype != torch.bfloat16:
+            return []
+        head = None if model.config.get_text_config().tie_word_embeddings else model.get_output_embeddings()
+        named = [(name, module) for name, module in model.named_modules() if type(module) is torch.nn.Linear]
+        return [(name, module) for name, module in named if module is head or ".self_attn." in name]
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        for name, module in model.named_modules():
+            if isinstance(module, Mxfp4Experts):
+                self._check(name, module)
+            if isinstance(module, Linear):
+                module.weight.requires_grad_(False)
+            if isinstance(module, Panels) and module.wants_packed:
+                stored = [p.data for p in module.parameters() if not p.requires_grad]
+                module.pack()
+                for tensor in stored:
+                    _page_out(tensor)
+        return model
+
+    def _check(self, name: str, experts: Mxfp4Experts) -> None:
+        """Raise ValueError unless all of a layer's weights have been loaded, fit the config and are numbers."""
+        for key, value in experts.named_parameters():
+            wanted = experts.stored_shape(key)
+            if not getattr(value, "_is_hf_initialized", False):
+                raise ValueError(f"the checkpoint has no {name}.{key} of shape {wanted}")
+            if tuple(value.shape) != wanted:
+                raise ValueError(f"the checkpoint has {name}.{key} of shape {tuple(value.shape)}; wanted {wanted}")
+        for matrix in MATRICES:
+            scales = getattr(experts, f"{matrix}_scales")
+            if bool((scales == 255).any()):
+                raise ValueError(f"{name}.{matrix}_scales holds the byte 255, which is NaN; wanted 0 to 254")
+
+    def get_state_dict_and_metadata(self, model: Any) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Return the weights as the checkpoint has them, without a second copy; the next forward packs again."""
+        for module in model.modules():
+            if isinstance(module, Panels):
+                module.unpack()
+        state = model.state_dict()
+        for key, value in state.items() if model.config.dtype == torch.bfloat16 else ():
+            # Some versions widen the norms of a bfloat16 model.
+            if value.dtype == torch.float32 and torch.equal(narrow := value.to(torch.bfloat16), value):
+                state[key] = narrow
+        return state, {}
+
+    def is_serializable(self) -> bool:
+        """`save_pretrained` writes the checkpoint's form."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        """Gradients pass through the frozen experts, to adapters for one."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """The experts are one operator to `torch.compile`."""
+        return True
+
+
+def register_quantization() -> None:
+    """Make transformers know `MxmoeConfig`; more calls change nothing."""
+    if METHOD in auto.AUTO_QUANTIZER_MAPPING:
+        return
+    auto.register_quantization_config(METHOD)(MxmoeConfig)
+    auto.register_quantizer(METHOD)(MxmoeQuantizer)
+    # transformers refuses a configuration of another class than the checkpoint's own, and asks no quantizer. This is
+    # the one place where it has to be told otherwise; every other configuration takes its way as before.
+    merge = auto.AutoHfQuantizer.merge_quantization_configs
+
+    def merge_quantization_configs(
+        cls: Any, /, quantization_config: Any, quantization_config_from_args: Any, **kwargs: Any
+    ) -> Any:
+        if isinstance(quantization_config_from_args, MxmoeConfig):
+            return quantization_config_from_args.over(quantization_config)
+        return merge(quantization_config, quantization_config_from_args, **kwargs)
+
+    merged = classmethod(merge_quantization_configs)
+    auto.AutoHfQuantizer.merge_quantization_configs = merged  # type: ignore[method-assign, assignment]

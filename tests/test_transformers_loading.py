@@ -1,0 +1,438 @@
+"""The transformers backend: loading and saving MXFP4, bfloat16 experts, other models, versions, the tiny model."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import checkpoints
+import mxmoe
+from mxmoe import harmony
+from mxmoe.chat import reply
+from mxmoe.integrations import _transformers
+from mxmoe.integrations._transformers.quantizer import MxmoeQuantizer
+from transformers_backend import (
+    CONFIGS,
+    EVERY_TOKEN,
+    TINY,
+    Case,
+    assert_logits,
+    backend,
+    counted_attention,
+    load_mxmoe,
+    named_experts,
+    padded,
+    torch,
+    transformers,
+)
+
+ISAS = mxmoe._core.available_isas()
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case(tmp_path_factory.mktemp("case") / "checkpoint", next(iter(CONFIGS)), 3)
+
+
+def experts_of(model: Any) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, backend.Mxfp4Experts)]
+
+
+def tensors(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found |= load_file(path)
+    return found
+
+
+def assert_same_tensors(got: dict[str, Any], want: dict[str, Any]) -> None:
+    assert got.keys() == want.keys()
+    for key, tensor in want.items():
+        assert got[key].dtype == tensor.dtype and got[key].shape == tensor.shape, key
+        assert torch.equal(got[key].view(torch.uint8), tensor.view(torch.uint8)), key
+
+
+# MXFP4
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_experts_are_packed_where_the_kernels_want_it(first: Case, isa: str) -> None:
+    with mxmoe.ops.isa(isa):
+        wanted = mxmoe.packing.prefers_packed("bf16")
+        model = load_mxmoe(first.path, activations="bf16")
+        assert {e.packed for e in experts_of(model)} == {wanted}
+        state = {key: value for key, value in model.state_dict().items() if key.endswith(("blocks", "scales"))}
+    assert_same_tensors(state, {key: value for key, value in tensors(first.path).items() if key in state})
+    assert len(state) == 4 * first.config.num_hidden_layers
+    assert not any(p.requires_grad for p in model.parameters() if p.dtype == torch.uint8)
+
+
+@pytest.mark.parametrize("activations", ["float32", "bf16"])
+def test_a_saved_model_has_the_same_bytes(first: Case, tmp_path: Path, activations: str) -> None:
+    ids = first.ids(1, 20)
+    model = load_mxmoe(first.path, dtype=torch.bfloat16, activations=activations)
+    with torch.no_grad():
+        before = model(ids).logits
+        model.save_pretrained(tmp_path / "saved", max_shard_size="20KB")
+        after = model(ids).logits  # saving leaves the model as it was
+    assert torch.equal(before, after)
+    assert len(list((tmp_path / "saved").glob("*.safetensors"))) > 1
+    assert_same_tensors(tensors(tmp_path / "saved"), tensors(first.path))
+    old, new = (json.loads((f / "config.json").read_text()) for f in (first.path, tmp_path / "saved"))
+    assert new["quantization_config"] == old["quantization_config"]
+    # It is a checkpoint like the first to transformers alone, to this backend and to mxmoe.
+    decode = transformers.Mxfp4Config(dequantize=True)
+    options = {"quantization_config": decode, "dtype": torch.bfloat16}
+    plain = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "saved", **options)
+    decoded, wanted = (m.model.layers[1].mlp.experts.down_proj for m in (plain, first.eager()))
+    assert torch.equal(decoded.float(), wanted)
+    with torch.no_grad():
+        again = load_mxmoe(tmp_path / "saved", activations="float32")
+        assert torch.equal(again(ids).logits, first.mxmoe()(ids).logits)
+    reread = mxmoe.load(tmp_path / "saved").forward(ids[0].numpy())
+    assert (reread == mxmoe.load(first.path).forward(ids[0].numpy())).all()
+
+
+def test_a_state_dict_is_a_copy_that_stays(first: Case) -> None:
+    model = load_mxmoe(first.path, activations="bf16")
+    stored = {key: value for key, value in tensors(first.path).items() if key.endswith(("blocks", "scales"))}
+    for _ in range(2):
+        state = {key: value for key, value in model.state_dict().items() if key in stored}
+        with torch.no_grad():
+            model(first.ids(1, 4))
+        assert_same_tensors(state, stored)
+        model.hf_quantizer.get_state_dict_and_metadata(model)  # holds the stored form until the next forward
+    folder = checkpoints.write(first.path.parent / "other", seed=99, config=first.config)
+    other = load_mxmoe(folder, activations="bf16")
+    other.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(other(first.ids(1, 9)).logits, model(first.ids(1, 9)).logits)
+
+
+def test_dense_layers_of_bfloat16_models(first: Case) -> None:
+    """By the kernels, frozen, on the same weights; or as transformers has them."""
+    ids = first.ids(2, 30)
+    ours, theirs = (load_mxmoe(first.path, dtype=torch.bfloat16, dense=dense) for dense in (None, "torch"))
+    assert sum(isinstance(m, backend.Linear) for m in ours.modules()) == 4 * first.config.num_hidden_layers + 1
+    assert not any(isinstance(m, backend.Linear) for m in theirs.modules())
+    assert_same_tensors(ours.state_dict(), theirs.state_dict())
+    with torch.no_grad():
+        want = first.eager(torch.float64)(ids).logits
+        errors = [((m(ids).logits.double() - want).abs().amax(-1) / want.std(-1)).median() for m in (ours, theirs)]
+    assert 0 < errors[0] <= 1.2 * errors[1]
+    ours.train()(ids, labels=ids).loss.backward()
+    for name, parameter in ours.named_parameters():
+        frozen = name.endswith(("blocks", "scales", "_proj.weight", "lm_head.weight"))
+        assert parameter.requires_grad != frozen and (parameter.grad is None) == frozen, name
+    with pytest.raises(ValueError, match=r"dense is 'mxmoe' with dtype torch\.float32; wanted torch\.bfloat16"):
+        load_mxmoe(first.path, dense="mxmoe")
+
+
+def edited(case: Case, folder: Path, edit: Any) -> Path:
+    shutil.copytree(case.path, folder)
+    weights = tensors(folder)
+    edit(weights)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+NAME = "model.layers.1.mlp.experts.down_proj_"
+
+
+def test_broken_checkpoints_are_refused(first: Case, tmp_path: Path) -> None:
+    def nan(weights: dict[str, Any]) -> None:
+        weights[f"{NAME}scales"][2, 3, 1] = 255
+
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.experts\.down_proj_scales holds the byte 255"):
+        load_mxmoe(edited(first, tmp_path / "nan", nan))
+    for part in ("blocks", "scales", "bias"):
+        with pytest.raises(ValueError, match=rf"no model\.layers\.1\.mlp\.experts\.down_proj_{part} of shape"):
+            load_mxmoe(edited(first, tmp_path / part, lambda weights, part=part: weights.pop(NAME + part)))
+
+    def cut(weights: dict[str, Any]) -> None:
+        weights[f"{NAME}blocks"] = weights[f"{NAME}blocks"][:, 1:].contiguous()
+
+    with pytest.raises((ValueError, RuntimeError), match=r"experts\.down_proj_blocks of shape|mismatch"):
+        load_mxmoe(edited(first, tmp_path / "cut", cut))
+
+
+def test_other_checkpoints_are_refused(first: Case, tmp_path: Path) -> None:
+    plain = checkpoints.write(tmp_path / "bf16", layout="huggingface-bf16", config=first.config)
+    with pytest.raises(ValueError, match="without MXFP4 experts"):
+        load_mxmoe(plain)
+    shutil.copytree(first.path, tmp_path / "fp8")
+    checkpoints.edit_json(tmp_path / "fp8/config.json", lambda c: c["quantization_config"].update(quant_method="fp8"))
+    with pytest.raises(ValueError, match="quant_method is 'fp8'; wanted 'mxfp4'"):
+        load_mxmoe(tmp_path / "fp8")
+
+
+ELSEWHERE = ["cuda", 0, torch.device("cuda"), {"": 0}, {"model": "cpu", "lm_head": "cuda:0"}, {"": "disk"}]
+
+
+@pytest.mark.parametrize("device_map", ELSEWHERE, ids=str)
+def test_devices_without_kernels_are_refused(device_map: Any) -> None:
+    quantizer = MxmoeQuantizer(backend.MxmoeConfig())
+    with pytest.raises(ValueError, match="wanted the CPU"):
+        quantizer.validate_environment(device_map=device_map)
+
+
+@pytest.mark.parametrize("device_map", [None, "cpu", torch.device("cpu"), {"": "cpu"}], ids=str)
+def test_the_cpu_may_be_named(device_map: Any) -> None:
+    MxmoeQuantizer(backend.MxmoeConfig()).validate_environment(device_map=device_map)
+
+
+@pytest.mark.parametrize("accelerator", [False, True])
+def test_automatic_device_maps_are_taken_where_there_is_only_the_cpu(
+    accelerator: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: accelerator)
+    quantizer = MxmoeQuantizer(backend.MxmoeConfig())
+    if accelerator:
+        with pytest.raises(ValueError, match="device_map is 'auto'; wanted the CPU"):
+            quantizer.validate_environment(device_map="auto")
+    else:
+        quantizer.validate_environment(device_map="auto")
+
+
+def test_options_are_checked() -> None:
+    with pytest.raises(ValueError, match="activations is 'fp8'; wanted None or one of 'float32', 'bf16', 'int8'"):
+        backend.MxmoeConfig("fp8")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="dense is 'int8'; wanted None or one of 'mxmoe', 'torch'"):
+        backend.MxmoeConfig(dense="int8")  # type: ignore[arg-type]
+
+
+def test_other_quantization_configs_go_their_way(first: Case) -> None:
+    """Registering changes the merging of configurations for `MxmoeConfig` alone."""
+    stored = json.loads((first.path / "config.json").read_text())["quantization_config"]
+    merge = transformers.quantizers.auto.AutoHfQuantizer.merge_quantization_configs
+    merged = merge(dict(stored), transformers.Mxfp4Config(dequantize=True))
+    assert type(merged) is transformers.Mxfp4Config and merged.dequantize
+    assert type(merge(dict(stored), None)) is transformers.Mxfp4Config
+    with pytest.raises(ValueError, match="quantized with Mxfp4Config"):
+        merge(dict(stored), transformers.BitsAndBytesConfig(load_in_8bit=True))
+
+
+MEMORY = """
+import json, sys, torch, transformers
+import mxmoe.integrations.transformers as backend
+backend.register()
+
+def status():
+    with open("/proc/self/status") as file:
+        fields = dict(line.split(":", 1) for line in file)
+    return {name: int(fields[name].split()[0]) * 1024 for name in ("VmHWM", "VmRSS")}
+
+def load(path):
+    options = {"quantization_config": backend.MxmoeConfig(), "attn_implementation": "mxmoe", "dtype": torch.bfloat16}
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, **options)
+    model.generate(torch.arange(40)[None], max_new_tokens=3, do_sample=False, pad_token_id=0)
+    return model
+
+load(sys.argv[1])
+before = status()["VmRSS"]
+model = load(sys.argv[2])
+found = {"loaded": status()["VmHWM"] - before, "held": status()["VmRSS"] - before}
+model.save_pretrained(sys.argv[3], max_shard_size="50MB")
+found["saved"] = status()["VmHWM"] - before
+found["packed"] = sum(p.nbytes for p in model.parameters())
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
+def test_peak_memory_is_that_of_the_packed_checkpoint(first: Case, tmp_path: Path) -> None:
+    changes = {"num_hidden_layers": 8, "num_experts": 32, "vocab_size": 4096}
+    sizes = {"hidden_size": 768, "intermediate_size": 768, "num_attention_heads": 12, "num_key_value_heads": 4}
+    large = checkpoints.write(tmp_path / "large", config=checkpoints.small_config(**changes, **sizes))
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-c", MEMORY, str(first.path), str(large), str(tmp_path / "saved")]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["packed"] > 200 << 20
+    assert 0.8 * found["packed"] < found["loaded"] <= 1.1 * found["packed"] + (20 << 20)
+    assert found["saved"] <= 1.1 * found["packed"] + (80 << 20)  # a shard is written from a copy
+
+
+# bfloat16 experts
+
+
+def plain_model(case: Case, dtype: Any, **options: Any) -> Any:
+    """Load the same weights out of a checkpoint whose experts are in bfloat16."""
+    folder = case.path.parent / "plain"
+    if not folder.exists():
+        checkpoints.write(folder, layout="huggingface-bf16", seed=case.seed, config=case.config)
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+
+
+@named_experts
+@pytest.mark.parametrize("name", list(CONFIGS))
+def test_bfloat16_experts(tmp_path: Path, name: str) -> None:
+    case = Case(tmp_path / "checkpoint", name, 5)
+    ids = case.ids(2, 50)
+    ours = plain_model(case, torch.bfloat16, experts_implementation="mxmoe", attn_implementation="mxmoe")
+    theirs = plain_model(case, torch.bfloat16, experts_implementation="eager", attn_implementation="eager")
+    before = {key: value.clone() for key, value in ours.state_dict().items()}
+    with torch.no_grad():
+        want = case.eager(torch.float64)(ids).logits
+        errors = [((m(ids).logits.double() - want).abs().amax(-1) / want.std(-1)).median() for m in (ours, theirs)]
+    assert 0 < errors[0] <= 1.5 * errors[1]
+    # The weights are laid out anew, but are the same.
+    assert ours.model.layers[0].mlp.experts.gate_up_proj.stride(1) == 1
+    assert all(torch.equal(value, before[key]) for key, value in ours.state_dict().items())
+    ours.save_pretrained(tmp_path / "saved")
+    assert_same_tensors(tensors(tmp_path / "saved"), {key: value.contiguous() for key, value in before.items()})
+
+
+@named_experts
+def test_float32_experts_and_all_gradients(first: Case) -> None:
+    batch = padded(first, [20, 7], "left")
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)
+    grads = []
+    for name in ("eager", "mxmoe"):
+        model = plain_model(first, torch.float32, experts_implementation=name, attn_implementation=name).train()
+        with counted_attention() as kernel:
+            model(**batch, labels=labels).loss.backward()
+            assert kernel.call_count == (name == "mxmoe") * first.config.num_hidden_layers
+        grads.append({key: p.grad for key, p in model.named_parameters()})
+    for key, want in grads[0].items():
+        assert want.norm() > 0, key
+        assert (grads[1][key] - want).norm() < 2e-3 * want.norm(), key
+
+
+@named_experts
+def test_bfloat16_training_lowers_the_loss(first: Case) -> None:
+    model = plain_model(first, torch.bfloat16, experts_implementation="mxmoe", attn_implementation="mxmoe").train()
+    optimizer, ids = torch.optim.AdamW(model.parameters(), 1e-3), first.ids(4, 24)
+    losses = []
+    for _ in range(8):
+        loss = model(ids, labels=ids).loss
+        loss.backward()
+        assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.7 * losses[0], losses
+
+
+# Other models
+
+
+@named_experts
+def test_a_model_without_sinks(first: Case) -> None:
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=128, hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=16, num_experts=6, num_experts_per_tok=2,
+    )  # fmt: skip
+    model = transformers.Qwen3MoeForCausalLM(config).eval()
+    batch = padded(first, [33, 9, 20], "left")
+    with torch.no_grad(), counted_attention() as kernel:
+        model.set_attn_implementation("eager")
+        model.set_experts_implementation("eager")
+        want = model(**batch).logits
+        text = model.generate(**batch, **EVERY_TOKEN, max_new_tokens=30)
+        assert kernel.call_count == 0
+        model.set_attn_implementation("mxmoe")
+        model.set_experts_implementation("mxmoe")
+        assert_logits(model(**batch).logits, want, batch["attention_mask"])
+        assert model.generate(**batch, **EVERY_TOKEN, max_new_tokens=30).tolist() == text.tolist()
+        assert kernel.call_count == 2 * 31
+
+
+def test_what_other_models_ask_for_is_refused(first: Case) -> None:
+    sizes = {"vocab_size": 128, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "num_key_value_heads": 1, "attn_implementation": "mxmoe"}
+    wide = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, head_dim=264))
+    capped = transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**sizes, head_dim=32))
+    packed = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes))
+    ids = first.ids(1, 6)
+    for model, message, more in [
+        (wide, "one head_dim of at most 256", {}),
+        (capped, "got softcap", {}),
+        (packed, "came and_masks", {"position_ids": torch.tensor([[0, 1, 2, 0, 1, 2]]), "use_cache": False}),
+    ]:
+        with torch.no_grad(), pytest.raises(ValueError, match=message):
+            model.eval()(ids, **more)
+
+
+# The tiny model, and versions
+
+
+def questions() -> list[list[harmony.Message]]:
+    asked = ["What is 17 + 25?", "What is the capital of France?", "Sort these numbers: 4, 1, 3"]
+    return [[harmony.system_message("low", "2026-01-01"), harmony.Message("user", text)] for text in asked]
+
+
+def test_the_tiny_model_answers_through_a_pipeline() -> None:
+    """As through ``mxmoe generate``, prompt by prompt and as one padded batch."""
+    model = load_mxmoe(TINY)
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_file=str(TINY / "tokenizer.json"), padding_side="left", pad_token="<|endoftext|>"
+    )
+    native = mxmoe.load("tiny", activations="float32")
+    assert native.tokenizer is not None
+    stops = sorted(harmony.stop_token_ids(native.tokenizer))
+    pipe = transformers.pipeline("text-generation", model=model, tokenizer=tokenizer)
+    prompts = [tokenizer.decode(harmony.render_conversation(m, native.tokenizer)) for m in questions()]
+    options = {"max_new_tokens": 60, "do_sample": False, "eos_token_id": stops, "return_tensors": True}
+    options["add_special_tokens"] = False
+    with counted_attention() as kernel:
+        single = [pipe(prompt, **options) for prompt in prompts]
+        batched = pipe(prompts, batch_size=3, **options)
+        assert kernel.call_count > 0
+    answers = []
+    for messages, *made in zip(questions(), single, batched, strict=True):
+        want = reply(native, messages, 60, temperature=0.0)
+        prompt = harmony.render_conversation(messages, native.tokenizer)
+        for result in made:
+            ids = result[0]["generated_token_ids"]
+            begin = next(i for i in range(len(ids)) if list(ids[i : i + len(prompt)]) == list(prompt))
+            tokens = list(ids[begin + len(prompt) :])
+            end = next((i + 1 for i, token in enumerate(tokens) if token in stops), len(tokens))
+            assert tokens[:end] == want.token_ids
+        answers.append(want.text)
+    assert all(answers) and len(set(answers)) == 3
+
+
+def test_registering_twice_changes_nothing() -> None:
+    places = [
+        transformers.AttentionInterface._global_mapping,
+        transformers.AttentionMaskInterface._global_mapping,
+        transformers.quantizers.auto.AUTO_QUANTIZER_MAPPING,
+        transformers.quantizers.auto.AUTO_QUANTIZATION_CONFIG_MAPPING,
+        vars(transformers.quantizers.auto.AutoHfQuantizer),
+    ]
+    before = [dict(place) for place in places]
+    backend.register()
+    assert [dict(place) for place in places] == before
+    assert all("mxmoe" in place for place in places[:4])
+
+
+@pytest.mark.parametrize("version", ["4.57.6", "6.0.0", "4.99"])
+def test_other_versions_are_named(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_transformers.importlib.metadata, "version", lambda name: version)
+    with pytest.raises(ImportError, match=rf"found transformers {version}; wanted 5\.0\.0 or newer below 6"):
+        backend.register()
+
+
+@pytest.mark.parametrize("version", ["5.0.0", "5.23.0", "5.99.1.dev0"])
+def test_supported_versions(version: str) -> None:
+    _transformers.check_version(version)
+
+
+def test_without_transformers() -> None:
+    program = "import sys; sys.modules['transformers'] = None; import mxmoe.integrations.transformers"
+    hide = "import importlib.metadata as m\ndef none(name): raise m.PackageNotFoundError(name)\nm.version = none\n"
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-c", hide + program]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert "ImportError: mxmoe.integrations.transformers found no transformers; wanted 5.0.0" in done.stderr
