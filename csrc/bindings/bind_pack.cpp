@@ -1,13 +1,26 @@
 #include "bindings/bind.h"
 #include "bindings/tensor.h"
+#include "core/check.h"
 #include "ops/pack/pack.h"
 
 namespace mxmoe {
 
+namespace {
+PackedForm parse_form(const std::string& name) {
+  if (name == "bf16") return PackedForm::bf16;
+  if (name == "int8") return PackedForm::i8;
+  check_value(name == "mxfp4", "weights is '", name, "'; wanted 'mxfp4', 'int8' or 'bf16'");
+  return PackedForm::mxfp4;
+}
+}  // namespace
+
 void bind_pack(py::module_& m) {
   m.def(
-      "prefers_packed", [](const std::string& activations) { return prefers_packed(parse_activations(activations)); },
-      py::arg("activations"));
+      "prefers_packed",
+      [](const std::string& activations, const std::string& weights) {
+        return prefers_packed(parse_activations(activations), parse_form(weights));
+      },
+      py::arg("activations"), py::arg("weights"));
   m.def(
       "pack_mxfp4",
       [](const py::object& blocks, const py::object& scales, const py::object& packed,

@@ -75,6 +75,10 @@ class _Builder:
         self.int8_dense = options.dense == "int8"
         # Where the kernels want panels, they are made here, layer by layer, into memory of the model's own.
         self.packed = options.backend == "kernels" and prefers_packed(options.activations)
+        self.packed_dense = {
+            form: options.backend == "kernels" and prefers_packed(options.activations, form)
+            for form in ("int8", "bf16")
+        }
 
     def linear(self, weight: Array, bias: Array | None, name: str, layer: int | None = None) -> Linear:
         """Make a dense layer of a weight, `name` in the checkpoint."""
@@ -84,7 +88,8 @@ class _Builder:
             from mxmoe import ops
 
             weight, scales = ops.int8_quantize(weight)
-        linear = Linear(self.ops, weight, bias, scales, self.options.activations, self.packed)
+        packed = self.packed_dense["bf16" if scales is None else "int8"]
+        linear = Linear(self.ops, weight, bias, scales, self.options.activations, packed)
         if linear.packed or scales is not None:
             self.checkpoint.release(layer, [name])  # it has been copied
         return linear

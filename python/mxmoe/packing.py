@@ -6,7 +6,7 @@ ones are taken, with the same result to the last bit. The layout itself is descr
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
@@ -32,20 +32,21 @@ _BLOCK = 32
 _ROWS_IN_PLACE = 16 * PANEL_ROWS
 
 
-def prefers_packed(activations: Activations) -> bool:
+def prefers_packed(activations: Activations, weights: Literal["mxfp4", "int8", "bf16"] = "mxfp4") -> bool:
     """Say whether the kernels in force are made for packed weights.
 
     Parameters
     ----------
     activations : {"float32", "bf16", "int8"}
         As the ops will be called with.
+    weights : {"mxfp4", "int8", "bf16"}
 
     Returns
     -------
     bool
         When False they take packed weights, too, but read stored ones faster.
     """
-    return _core.prefers_packed(activations)
+    return _core.prefers_packed(activations, weights)
 
 
 def can_pack(rows: int, k: int) -> bool:

@@ -2,6 +2,7 @@
 #include "ops/linear/linear.h"
 
 #include <cmath>
+#include <cstring>
 
 #include "simd/avx2.h"
 
@@ -10,10 +11,11 @@ namespace mxmoe {
 namespace avx2 {
 namespace {
 #include "ops/linear/linear_kernels.inl"
+#include "ops/linear/linear_panels.inl"
 }  // namespace
 }  // namespace avx2
 
-const LinearKernels linear_avx2 = avx2::kLinear;
+const LinearKernels linear_avx2 = avx2::kLinearWithPanels;
 
 }  // namespace mxmoe
 #include "core/target_end.h"

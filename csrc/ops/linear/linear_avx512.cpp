@@ -2,6 +2,7 @@
 #include "ops/linear/linear.h"
 
 #include <cmath>
+#include <cstring>
 
 #include "simd/avx512.h"
 
@@ -10,10 +11,11 @@ namespace mxmoe {
 namespace avx512 {
 namespace {
 #include "ops/linear/linear_kernels.inl"
+#include "ops/linear/linear_panels.inl"
 }  // namespace
 }  // namespace avx512
 
-const LinearKernels linear_avx512 = avx512::kLinear;
+const LinearKernels linear_avx512 = avx512::kLinearWithPanels;
 
 }  // namespace mxmoe
 #include "core/target_end.h"

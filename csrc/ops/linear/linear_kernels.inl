@@ -15,12 +15,12 @@ void linear_tile(const LinearTile& t) {
     int64_t rows[kChunk];
     for (int64_t i = 0; i < count; ++i) rows[i] = m + i;
     for_each_dot<F, 4, kRowStep>(t.x, rows, count, t.weight, t.n_begin, t.n_end, t.in_features,
-                          [&](int64_t i, int64_t n, float value) {
-                            if (t.bias_f32 != nullptr) value += t.bias_f32[n];
-                            if (t.bias_bf16 != nullptr) value += to_float(t.bias_bf16[n]);
-                            if (t.residual != nullptr) value += t.residual[(m + i) * t.residual_stride + n];
-                            t.y[(m + i) * t.y_stride + n] = value;
-                          });
+                                 [&](int64_t i, int64_t n, float value) {
+                                   if (t.bias_f32 != nullptr) value += t.bias_f32[n];
+                                   if (t.bias_bf16 != nullptr) value += to_float(t.bias_bf16[n]);
+                                   if (t.residual != nullptr) value += t.residual[(m + i) * t.residual_stride + n];
+                                   t.y[(m + i) * t.y_stride + n] = value;
+                                 });
   }
 }
 

@@ -15,8 +15,9 @@
 
 namespace mxmoe {
 
-// Whether the kernels in force want weights packed for these activations; the others take them, but slowly.
-bool prefers_packed(Activations activations);
+enum class PackedForm { bf16, i8, mxfp4 };
+// Whether the kernels in force want such weights packed for these activations; the others take them, but slowly.
+bool prefers_packed(Activations activations, PackedForm weights);
 
 void pack_mxfp4(const Tensor& blocks, const Tensor& scales, const Tensor& packed, const Tensor& packed_scales);
 void unpack_mxfp4(const Tensor& packed, const Tensor& packed_scales, const Tensor& blocks, const Tensor& scales);

@@ -92,7 +92,7 @@ class Linear(Panels, torch.nn.Linear):
     @property
     def wants_packed(self) -> bool:
         """Whether the kernels in force read panels faster, and the shape has whole ones."""
-        return can_pack(self.out_features, self.in_features) and prefers_packed("bf16")
+        return can_pack(self.out_features, self.in_features) and prefers_packed("bf16", "bf16")
 
     def _pack(self) -> None:
         self.weight.data = _tensor(pack_linear(_bfloat16(self.weight))[0])
