@@ -36,7 +36,7 @@ def advance(cache, sequences, counts):
     [("float32", np.float32), ("bf16", ml_dtypes.bfloat16), ("int8", np.int8), ("float64", np.float64)],
 )
 def test_arrays_have_the_documented_shapes(kv, dtype):
-    cache = KVCache(CONFIG, 130, num_sequences=2, dtype=kv)
+    cache = KVCache(CONFIG, 130, num_sequences=2, dtype=kv, block_size=64)
     for layer, kind in zip(cache.layers, CONFIG.layer_types, strict=True):
         # 130 tokens take 3 blocks of 64; the sliding layers of so short a cache need no fewer.
         assert layer.k.shape == layer.v.shape == (6, 2, 64, 32), kind
@@ -83,9 +83,9 @@ def test_the_window_stays_while_a_model_generates(tmp_path):
     for _ in model.generate(random_ids(5), 150, cache=cache, stop_token_ids=[]):
         assert len(held(cache, SLIDING, 0)) <= 2
     assert cache.lengths == (854,)
-    assert len(held(cache, FULL, 0)) == -(-854 // 64)
-    # 512 new tokens and a window of 20 take at most 10 blocks, however long the text.
-    assert cache.layers[0].k.shape[0] == 10
+    assert len(held(cache, FULL, 0)) == -(-854 // 256)
+    # 512 new tokens and a window of 20 take at most 4 blocks, however long the text.
+    assert cache.layers[0].k.shape[0] == 4
 
 
 def test_slots_are_where_the_block_table_says():

@@ -108,7 +108,7 @@ class KVCache:
     dtype : {"bf16", "float32", "int8"}
         int8 keeps one float32 scale for each token and head. ("float64" is for the reference backend.)
     block_size : int
-        Tokens in a block.
+        Tokens in a block: long enough that a head's keys are long runs of memory.
     step_tokens : int
         The most new tokens of one sequence in one step.
 
@@ -125,7 +125,7 @@ class KVCache:
         *,
         num_sequences: int = 1,
         dtype: KVDtype = "bf16",
-        block_size: int = 64,
+        block_size: int = 256,
         step_tokens: int = 512,
     ) -> None:
         if dtype not in _DTYPES:
