@@ -10,6 +10,10 @@ The other two are best built for the machine, in an environment of their own:
     CMAKE_ARGS="-DGGML_NATIVE=ON" peers/bin/pip install --no-binary llama-cpp-python llama-cpp-python==0.3.36
     CMAKE_ARGS="-DGGML_NATIVE=ON" peers/bin/pip install --no-binary ik-llama-cpp-python ik-llama-cpp-python==0.1.5
 
+The source archive of the last one lacks a file that its CMake wants (common/cmake/build-info-gen-cpp.cmake); install
+the wheel then, build the targets `ggml` and `llama` of vendor/ik_llama.cpp with CMake and -DGGML_NATIVE=ON
+-DBUILD_SHARED_LIBS=ON, and copy the two libraries into ik_llama_cpp/lib.
+
 Every program runs in a process of its own. In each round all of them read a prompt and decode, one after the other,
 with the machine's ceilings measured in between; medians over the rounds count. Where memory does not hold all models
 at once, a program is loaded and warmed up anew in every round. `--check` compares logits instead: an opinion on the
