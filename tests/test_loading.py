@@ -346,8 +346,8 @@ def test_int8_releases_what_it_has_rounded(folder, large):
     _, plain, _ = measure(folder, large("huggingface"), dense="bf16", activations="float32")
     _, rounded, _ = measure(folder, large("huggingface"), dense="int8", activations="float32")
     dense = 3 * 2 * 768 * (2 * 12 + 2 * 4) * 64 + 2 * 4096 * 768
-    # The file's pages of the dense weights are gone, and 17 bytes for every 32 of theirs have come instead. The system
-    # counts pages a few at a time.
+    # The file's pages of the dense weights are gone, and 17 bytes for every 32 of theirs have come instead, as far as
+    # the system counts pages: some at a time.
     assert plain["RssFile"] - rounded["RssFile"] > 0.9 * dense
     assert 0.45 * dense < rounded["RssAnon"] - plain["RssAnon"] < 0.62 * dense
 
