@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from mxmoe import ceilings, costs, harmony, ops, reference
+    from mxmoe.adapters import AdapterError
     from mxmoe.checkpoint import Checkpoint, CheckpointError
     from mxmoe.config import ConfigError, ModelConfig
     from mxmoe.doctor import doctor
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 # Imported when first asked for, so that the command line answers (and can be interrupted) at once.
 _HOME = {
+    "AdapterError": "adapters",
     "Checkpoint": "checkpoint",
     "CheckpointError": "checkpoint",
     "ConfigError": "config",
@@ -40,6 +42,7 @@ _HOME = {
 _MODULES = ("ceilings", "costs", "harmony", "ops", "reference")
 
 __all__ = [
+    "AdapterError",
     "Checkpoint",
     "CheckpointError",
     "ConfigError",

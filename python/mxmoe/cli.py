@@ -35,15 +35,26 @@ KvOption = Annotated[str | None, typer.Option("--kv", help="KV cache: float32, b
 ActivationsOption = Annotated[
     str | None, typer.Option("--activations", help="Rounding of activations: bf16, float32 or int8.")
 ]
+AdapterOption = Annotated[
+    Path | None, typer.Option("--adapter", help="Folder of a LoRA adapter, as PEFT saves it.", show_default=False)
+]
 ThreadsOption = Annotated[int, typer.Option("--threads", "-t", help="Threads; 0 for all CPUs.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")]
 
 
-def _load(model: str, device: str, dense: str | None, kv: str | None, activations: str | None, threads: int) -> Any:
+def _load(
+    model: str,
+    device: str,
+    dense: str | None,
+    kv: str | None,
+    activations: str | None,
+    adapter: Path | None,
+    threads: int,
+) -> Any:
     from mxmoe.loading import load
 
     options: dict[str, Any] = {"device": device, "dense": dense, "kv": kv, "activations": activations}
-    return load(model, num_threads=threads, **options)
+    return load(model, adapter=adapter, num_threads=threads, **options)
 
 
 def _print_json(data: dict[str, Any]) -> None:
@@ -77,6 +88,7 @@ def generate(
     dense: DenseOption = None,
     kv: KvOption = None,
     activations: ActivationsOption = None,
+    adapter: AdapterOption = None,
     threads: ThreadsOption = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -94,7 +106,7 @@ def generate(
         {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed},
     )  # fmt: skip
     request.check()
-    loaded = _load(model, device, dense, kv, activations, threads)
+    loaded = _load(model, device, dense, kv, activations, adapter, threads)
     result = command.run(loaded, request, raw=raw, show=not as_json)
     if as_json:
         _print_json(result)
@@ -112,6 +124,7 @@ def bench(
     dense: DenseOption = None,
     kv: KvOption = None,
     activations: ActivationsOption = None,
+    adapter: AdapterOption = None,
     threads: ThreadsOption = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -120,7 +133,7 @@ def bench(
 
     plan = command.Plan(prompt_tokens, new_tokens, depth, batch, repetitions)
     plan.check()
-    loaded = _load(model, device, dense, kv, activations, threads)
+    loaded = _load(model, device, dense, kv, activations, adapter, threads)
     result = command.run(loaded, plan, progress=sys.stderr.isatty())
     _print_json(result) if as_json else command.show(result)
 
@@ -132,13 +145,14 @@ def info(
     dense: DenseOption = None,
     kv: KvOption = None,
     activations: ActivationsOption = None,
+    adapter: AdapterOption = None,
     threads: ThreadsOption = 0,
     as_json: JsonOption = False,
 ) -> None:
     """Show a model's sizes, dtypes, bytes by component, and the memory that each context length takes."""
     from mxmoe.commands import info as command
 
-    loaded = _load(model, device, dense, kv, activations, threads)
+    loaded = _load(model, device, dense, kv, activations, adapter, threads)
     result = command.run(loaded)
     _print_json(result) if as_json else command.show(result)
 
@@ -162,6 +176,7 @@ def evaluate(
     dense: DenseOption = None,
     kv: KvOption = None,
     activations: ActivationsOption = None,
+    adapter: AdapterOption = None,
     threads: ThreadsOption = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -170,7 +185,7 @@ def evaluate(
 
     if n_per_task < 1:
         raise ValueError(f"--n-per-task is {n_per_task}; wanted 1 or more")
-    loaded = _load(model, device, dense, kv, activations, threads)
+    loaded = _load(model, device, dense, kv, activations, adapter, threads)
     result = command.run(loaded, n_per_task, seed, max_new_tokens, quiet=as_json)
     _print_json(result) if as_json else command.show(result)
 

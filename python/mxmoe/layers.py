@@ -13,6 +13,7 @@ import numpy as np
 
 from mxmoe.kv_cache import KVCache, Pages
 from mxmoe.packing import (
+    PANEL_ROWS,
     can_pack,
     pack_linear,
     pack_mxfp4,
@@ -21,7 +22,18 @@ from mxmoe.packing import (
     unpack_mxfp4,
 )
 
-__all__ = ["Attention", "DecoderLayer", "Embedding", "ExpertMatrix", "Experts", "Linear", "MoE", "RMSNorm", "Step"]
+__all__ = [
+    "Attention",
+    "DecoderLayer",
+    "Embedding",
+    "ExpertMatrix",
+    "Experts",
+    "Linear",
+    "LowRank",
+    "MoE",
+    "RMSNorm",
+    "Step",
+]
 
 Array = Any  # an array of the ops' kind
 Ops = Any  # a module with the functions of mxmoe.ops
@@ -86,6 +98,38 @@ class RMSNorm:
         return self.ops.rmsnorm(x, self.weight, self.eps)
 
 
+@dataclass
+class LowRank:
+    """An adapter's side branch: the product of a wide and a narrow matrix, beside a layer that stays as it is.
+
+    Attributes
+    ----------
+    a : tuple of (r, in) bfloat16
+    b : tuple of (out, r) bfloat16
+        The scale is part of them. More than one sum to a matrix that bfloat16 does not hold.
+    activations : str
+    """
+
+    ops: Ops
+    a: tuple[Array, ...]
+    b: tuple[Array, ...]
+    activations: str
+
+    def __call__(self, x: Array, y: Array) -> Array:
+        """(T, in), (T, out) -> `y`, to which the branch has been added."""
+        narrow = None
+        for a in self.a:
+            narrow = self.ops.linear(x, a, activations=self.activations, residual=narrow)  # (T, r)
+        for b in self.b:
+            self.ops.linear(narrow, b, activations=self.activations, residual=y, out=y)
+        return y
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all matrices."""
+        return sum(part.nbytes for part in (*self.a, *self.b))
+
+
 class Linear:
     """A dense layer.
 
@@ -98,6 +142,11 @@ class Linear:
     activations : str
     packed : bool
         Hold weight and scales by panels, the way the kernels read them fastest.
+
+    Attributes
+    ----------
+    adapter : LowRank or None
+        Added to what the layer gives. Assign to change it.
     """
 
     def __init__(
@@ -110,6 +159,7 @@ class Linear:
         packed: bool = False,
     ) -> None:
         self.ops, self.bias, self.activations = ops, bias, activations
+        self.adapter: LowRank | None = None
         self.packed = packed and can_pack(*weight.shape)
         self._held: tuple[Array, Array | None] = (weight, scales)
         if self.packed:
@@ -119,7 +169,8 @@ class Linear:
         """(T, in) -> (T, out), on top of `residual` (T, out)."""
         weight, scales = self._held
         kwargs = {"scales": scales, "activations": self.activations, "residual": residual}
-        return self.ops.linear(x, weight, self.bias, **kwargs)
+        y = self.ops.linear(x, weight, self.bias, **kwargs)
+        return y if self.adapter is None else self.adapter(x, y)
 
     @property
     def held(self) -> tuple[Array, Array | None, Array | None]:
@@ -160,13 +211,19 @@ class Linear:
         self.replace(self._stored()[0], scales)
 
     @property
+    def out_features(self) -> int:
+        """Columns of what the layer gives."""
+        rows: int = self._held[0].shape[0]
+        return rows * PANEL_ROWS if self.packed else rows
+
+    @property
     def dtype(self) -> str:
         """What the weight is held in."""
         return "bf16" if self._held[1] is None else "int8"
 
     @property
     def nbytes(self) -> int:
-        """Bytes of weight, scales and bias."""
+        """Bytes of weight, scales and bias, without an adapter."""
         return sum(a.nbytes for a in (*self._held, self.bias) if a is not None)
 
 
@@ -175,7 +232,13 @@ def side_by_side(x: Array, layers: tuple[Linear, ...]) -> Array:
     first = layers[0]
     if any(layer.activations != first.activations for layer in layers):
         return np.concatenate([layer(x) for layer in layers], axis=1)
-    return first.ops.linear_group(x, [layer.held for layer in layers], activations=first.activations)
+    y = first.ops.linear_group(x, [layer.held for layer in layers], activations=first.activations)
+    end = 0
+    for layer in layers:
+        begin, end = end, end + layer.out_features
+        if layer.adapter is not None:
+            layer.adapter(x, y[:, begin:end])
+    return y
 
 
 @dataclass
@@ -275,6 +338,11 @@ class Experts:
 
     The arrays named there can be looked at and assigned anew under their names; with `packed` they are held by
     panels, the way the kernels read them fastest, and what is looked at is a read-only copy.
+
+    Attributes
+    ----------
+    adapter : LowRank or None
+        Added to what goes into the experts (the router has seen it before). Assign to change it.
     """
 
     def __init__(
@@ -293,6 +361,7 @@ class Experts:
         owned: bool = False,
     ) -> None:
         self.ops, self.activations = ops, activations
+        self.adapter: LowRank | None = None
         self.swiglu_alpha, self.swiglu_limit = swiglu_alpha, swiglu_limit
         self.gate_up = ExpertMatrix(gate_up_blocks, gate_up_scales, packed, owned)
         self.gate_up_bias = gate_up_bias
@@ -342,6 +411,7 @@ class Experts:
 
     def __call__(self, x: Array, topk_ids: Array, topk_weights: Array, residual: Array) -> Array:
         """(T, H), (T, k), (T, k) -> (T, H), on top of `residual`."""
+        x = x if self.adapter is None else self.adapter(x, x.copy())
         return self.ops.mxfp4_moe(
             x,
             topk_ids,

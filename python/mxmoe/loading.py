@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, cast
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+from mxmoe.adapters import Adapter, apply_adapter
 from mxmoe.checkpoint import Checkpoint, resolve
 from mxmoe.config import ModelConfig
 from mxmoe.generate import Model
@@ -158,6 +160,7 @@ def load(
     activations: Literal["float32", "bf16", "int8"] | None = None,
     num_threads: int = 0,
     backend: Literal["kernels", "reference"] = "kernels",
+    adapter: str | Path | None = None,
     progress: bool | None = None,
 ) -> Model:
     """Load a model.
@@ -181,6 +184,10 @@ def load(
         0 for as many as this process has CPUs.
     backend : {"kernels", "reference"}
         "reference" runs every op in float64 NumPy: slow, exact, for comparing step by step.
+    adapter : str or Path, optional
+        A folder with a LoRA adapter as PEFT saves it, on attention's projections, the experts' input (see
+        `mxmoe.integrations.peft`), the router or lm_head. It is computed beside the layers, whose weights stay as
+        stored; in bfloat16, or to its last bit with float32 activations.
     progress : bool, optional
         Show a progress bar on stderr; by default when it is a terminal.
 
@@ -195,6 +202,8 @@ def load(
     ------
     ConfigError, CheckpointError, TokenizerError
         (all ValueError) when a file is missing, damaged or does not fit; before memory is touched.
+    AdapterError
+        (ValueError) The same of the adapter, or it has what is not supported.
     ValueError
         An option is unknown.
     """
@@ -204,6 +213,7 @@ def load(
     config: ModelConfig = checkpoint.config
     if config.head_dim > 256:
         raise ValueError(f"{path}: head_dim is {config.head_dim}; the attention kernels take up to 256")
+    lora = None if adapter is None else Adapter.open(adapter, config)
     tokenizer = None
     if checkpoint.tokenizer_path is not None:
         tokenizer = Tokenizer.from_file(checkpoint.tokenizer_path)
@@ -218,4 +228,7 @@ def load(
             layers.append(build.layer(i))
             advance(share)
         embed_tokens, norm = Embedding(build.ops, checkpoint.embed_tokens), build.norm(checkpoint.norm)
+    if lora is not None:
+        apply_adapter(lora, layers, lm_head)
+        options = replace(options, adapter=lora.path)
     return Model(config, checkpoint.path, options, tokenizer, embed_tokens, layers, norm, lm_head)

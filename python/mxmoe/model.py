@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from mxmoe.config import ModelConfig
 from mxmoe.inspection import Hook, HookFunction, Taps, check_pattern, site_names
 from mxmoe.kv_cache import KVCache, KVDtype
-from mxmoe.layers import DecoderLayer, Embedding, Linear, RMSNorm, Step
+from mxmoe.layers import DecoderLayer, Embedding, Experts, Linear, RMSNorm, Step
 from mxmoe.tokenizer import Tokenizer
 
 __all__ = ["LoadOptions", "Transformer"]
@@ -37,6 +37,7 @@ class LoadOptions:
     activations: Literal["float32", "bf16", "int8"] = "bf16"
     num_threads: int = 0
     backend: Literal["kernels", "reference"] = "kernels"
+    adapter: Path | None = None
 
 
 class Transformer:
@@ -80,7 +81,8 @@ class Transformer:
         c = self.config
         return (
             f"<mxmoe.{type(self).__name__} {self.path.name}: {c.num_hidden_layers} layers, {c.num_experts} experts, "
-            f"dense={self.options.dense}, kv={self.options.kv}, activations={self.options.activations}>"
+            f"dense={self.options.dense}, kv={self.options.kv}, activations={self.options.activations}"
+            f"{'' if self.options.adapter is None else f', adapter={self.options.adapter.name}'}>"
         )
 
     @property
@@ -105,6 +107,9 @@ class Transformer:
             "norms and sinks": ("bf16", small + sum(n.weight.nbytes for n in [*norms, self.norm])),
             "lm_head": (self.lm_head.dtype, self.lm_head.nbytes),
         }
+        beside: list[Linear | Experts] = [*attention, *experts, *(layer.mlp.router for layer in layers), self.lm_head]
+        if adapters := [part.adapter for part in beside if part.adapter is not None]:
+            held["adapter"] = ("bf16", sum(adapter.nbytes for adapter in adapters))
         return {name: {"dtype": dtype, "bytes": int(size)} for name, (dtype, size) in held.items()}
 
     def new_cache(self, max_tokens: int, *, num_sequences: int = 1) -> KVCache:

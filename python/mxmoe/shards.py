@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 
 from mxmoe.config import read_json
 
-__all__ = ["CheckpointError", "Shards"]
+__all__ = ["CheckpointError", "Shards", "shown"]
 
 _DTYPES: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -36,7 +36,7 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be found, is damaged, or does not fit its configuration."""
 
 
-def _shown(text: object) -> str:
+def shown(text: object) -> str:
     """Return text out of a file so that it can neither flood a message nor steer a terminal."""
     line = str(text)
     line = line if line.isprintable() else ascii(line)
@@ -83,7 +83,7 @@ class Shards:
             for name, entry in entries.items():
                 if name in self._entries:
                     where = f"stands in {self._entries[name].shard} and again in {shard}"
-                    raise CheckpointError(f"{folder}: tensor {_shown(name)} {where}, expected once")
+                    raise CheckpointError(f"{folder}: tensor {shown(name)} {where}, expected once")
                 self._entries[name] = entry
         if index is not None:
             self._check_index(index)
@@ -94,11 +94,11 @@ class Shards:
             entry = self._entries.get(name)
             if entry is None or entry.shard != shard:
                 found = "in no shard" if entry is None else f"in {entry.shard}"
-                came = f"weight_map puts tensor {_shown(name)} in {shard}"
+                came = f"weight_map puts tensor {shown(name)} in {shard}"
                 raise CheckpointError(f"{path}: {came}, but it is {found}")
         for name, entry in self._entries.items():
             if name not in index:
-                lacks = f"weight_map lacks tensor {_shown(name)}"
+                lacks = f"weight_map lacks tensor {shown(name)}"
                 raise CheckpointError(f"{path}: {lacks}, which {entry.shard} holds")
 
     def __contains__(self, name: str) -> bool:
@@ -108,7 +108,7 @@ class Shards:
         """Raise `CheckpointError` when there is a tensor that `expected` does not name."""
         for name in sorted(self._entries.keys() - set(expected)):
             where = self.folder / self._entries[name].shard
-            raise CheckpointError(f"{where}: unexpected tensor {_shown(name)}, which the config has no place for")
+            raise CheckpointError(f"{where}: unexpected tensor {shown(name)}, which the config has no place for")
 
     def check(self, name: str, dtype: str, shape: tuple[int, ...]) -> None:
         """Raise `CheckpointError` unless tensor `name` exists with `dtype` ("BF16", "U8") and `shape`."""
@@ -199,7 +199,7 @@ def _read_index(path: Path) -> dict[str, str]:
         raise CheckpointError(f"{path}: weight_map is not a non-empty object from tensors to shards")
     shards = set()
     for name, shard in index.items():
-        came = f"weight_map puts tensor {_shown(name)} in {_shown(shard)}"
+        came = f"weight_map puts tensor {shown(name)} in {shown(shard)}"
         if not isinstance(shard, str) or not _is_plain_name(shard):
             raise CheckpointError(f"{path}: {came}, expected a .safetensors file of the same folder")
         if not (path.parent / shard).is_file():
@@ -232,12 +232,12 @@ def _open(path: Path, shard: str) -> tuple[mmap.mmap, dict[str, _Entry]]:
             header = json.loads(raw.read(size), object_pairs_hook=_unique)
             mapped = mmap.mmap(raw.fileno(), 0, access=mmap.ACCESS_READ)
     except (SafetensorError, OSError, ValueError, RecursionError) as problem:
-        raise CheckpointError(f"{path}: not a readable safetensors file ({_shown(problem)})") from None
+        raise CheckpointError(f"{path}: not a readable safetensors file ({shown(problem)})") from None
     header.pop("__metadata__", None)
     entries = {}
     for name, fields in header.items():
         if shapes.get(name) != tuple(fields["shape"]):
-            raise CheckpointError(f"{path}: tensor {_shown(name)} has two different descriptions")
+            raise CheckpointError(f"{path}: tensor {shown(name)} has two different descriptions")
         entries[name] = _entry(path, shard, name, fields, 8 + size, len(mapped))
     return mapped, entries
 
@@ -246,10 +246,10 @@ def _entry(path: Path, shard: str, name: str, fields: dict[str, Any], base: int,
     dtype, shape = fields["dtype"], tuple(fields["shape"])
     begin, end = fields["data_offsets"]
     if dtype not in _DTYPES:
-        raise CheckpointError(f"{path}: tensor {_shown(name)} is {dtype}, expected BF16 or U8")
+        raise CheckpointError(f"{path}: tensor {shown(name)} is {dtype}, expected BF16 or U8")
     # The library has checked this too, but it is by these very numbers that the map is read.
     if not 0 <= begin <= end <= size - base or end - begin != math.prod(shape) * _DTYPES[dtype].itemsize:
-        raise CheckpointError(f"{path}: tensor {_shown(name)} lies at {begin} to {end}, unlike its shape")
+        raise CheckpointError(f"{path}: tensor {shown(name)} lies at {begin} to {end}, unlike its shape")
     return _Entry(shard, dtype, shape, base + begin, end - begin)
 
 

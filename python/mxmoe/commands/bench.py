@@ -194,6 +194,8 @@ def _report(runs: Runs, meter: CeilingMeter, memory: _Memory) -> dict[str, Any]:
 
     decode = _rates(plan.new_tokens * plan.batch, runs.decode_seconds)
     steps = [costs.decode_bytes(plan.depth + i, plan.batch, runs.experts_read) for i in range(plan.new_tokens)]
+    beside = runs.model.components.get("adapter", {"bytes": 0})["bytes"]
+    steps = [nbytes + beside for nbytes in steps]
     decode["gb_per_token"] = sum(steps) / decode["tokens"] / 1e9
     decode["gb_per_s"] = sum(steps) / decode["seconds"] / 1e9
     decode["share_of_bandwidth"] = decode["gb_per_s"] / ceilings.read_gb_s
@@ -206,6 +208,7 @@ def _report(runs: Runs, meter: CeilingMeter, memory: _Memory) -> dict[str, Any]:
         | {"samples": len(reads), "read_gb_s_min": min(reads), "read_gb_s_max": max(reads)},
         "peak_rss_bytes": memory.peak(),
         "model": str(runs.model.path),
+        "adapter": None if options.adapter is None else str(options.adapter),
         "depth": plan.depth,
         "batch": plan.batch,
         "repetitions": plan.repetitions,

@@ -45,6 +45,7 @@ def run(model: Model) -> dict[str, Any]:
     fields["layer_types"] = {"sliding": sliding, "full": config.num_hidden_layers - sliding}
     return {
         "model": str(model.path),
+        "adapter": None if model.options.adapter is None else str(model.options.adapter),
         "config": fields | {"rope": vars(config.rope)},
         "parameters": _parameters(config),
         "tokenizer": None if model.tokenizer is None else model.tokenizer.vocab_size,
@@ -79,6 +80,8 @@ def show(result: dict[str, Any]) -> None:
     """Print the same for people."""
     config, console = result["config"], Console()
     console.print(f"[bold]{result['model']}[/bold]", soft_wrap=True)
+    if result["adapter"] is not None:
+        console.print(f"adapter {result['adapter']}", soft_wrap=True, highlight=False, markup=False)
     console.print(_summary(config, result["parameters"]))
     table = Table("component", "dtype", "bytes")
     for name, component in result["components"].items():
