@@ -1,7 +1,8 @@
 // sink_attention over bfloat16 and int8 caches with vdpbf16ps and vpdpbusd. Four rows meet a step of 64 keys at once:
 // both products are 4 x 64 tiles whose 16 sums stay in registers, one row's pair (or quad) of values broadcast
 // against 64 lanes (keys in the scores, places in the head in the result). A sum sees its pairs in order whatever
-// tile it stands in; sums of int8 are exact.
+// tile it stands in; sums of int8 are exact. The layouts that keys, values and weights are staged in and the products
+// that read them are one thing, so the file is longer than most.
 #if defined(MXMOE_X86_KERNELS)
 #include "ops/sink_attention/sink_attention.h"
 
