@@ -249,9 +249,9 @@ def apply_adapter(adapter: Adapter, layers: list[DecoderLayer], lm_head: Linear)
     for name, (a, b) in adapter.matrices.items():
         layer = _layer(name, layers, lm_head)
         exact = layer.activations == "float32"
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is found below
             scaled = (b * np.float64(adapter.scale)).astype(np.float32)
-        narrow, wide = bfloat16_parts(a, exact), bfloat16_parts(scaled, exact)
+            narrow, wide = bfloat16_parts(a, exact), bfloat16_parts(scaled, exact)
         if not all(np.isfinite(part.astype(np.float32)).all() for part in (*narrow, *wide)):
             raise AdapterError(f"{adapter.path}: the matrices of {name}, times {adapter.scale:g}, exceed bfloat16")
         layer.adapter = LowRank(layer.ops, narrow, wide, layer.activations)
