@@ -78,16 +78,20 @@ const IsaLevel& best_level() {
   return *best;
 }
 
-const IsaLevel& level_by_name(const std::string& name, const char* source) {
+const IsaLevel& known_level(const std::string& name, const char* source) {
   std::string known;
   for (const IsaLevel& level : isa_levels()) {
+    if (name == level.name) return level;
     known += (known.empty() ? "" : ", ") + std::string(level.name);
-    if (name != level.name) continue;
-    const uint32_t missing = level.required & ~cpu_features();
-    check_value(missing == 0, source, " asks for '", name, "', but this CPU lacks ", feature_names(missing));
-    return level;
   }
   throw ValueError(concat(source, " is '", name, "'; wanted one of ", known));
+}
+
+const IsaLevel& level_by_name(const std::string& name, const char* source) {
+  const IsaLevel& level = known_level(name, source);
+  const uint32_t missing = level.required & ~cpu_features();
+  check_value(missing == 0, source, " asks for '", name, "', but this CPU lacks ", feature_names(missing));
+  return level;
 }
 
 // Tables register themselves while the library loads, before any thread of ours runs.
@@ -138,6 +142,8 @@ const IsaLevel& active_isa() {
 void set_isa(const std::string& name) {
   active.store(name.empty() ? nullptr : &level_by_name(name, "isa"), std::memory_order_release);
 }
+
+bool has_isa(const std::string& name) { return (known_level(name, "isa").required & ~cpu_features()) == 0; }
 
 std::vector<std::string> available_isas() {
   std::vector<std::string> names;

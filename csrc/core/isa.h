@@ -36,6 +36,7 @@ const IsaLevel& active_isa();
 void set_isa(const std::string& name);  // "" returns to the default
 uint32_t usable_features();             // what the machine has and the level in force allows
 std::vector<std::string> available_isas();
+bool has_isa(const std::string& name);  // throws ValueError for an unknown one
 
 // Wraps the rows of a dispatch table whose kernels exist only on x86-64.
 #if defined(MXMOE_X86_KERNELS)

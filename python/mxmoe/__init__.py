@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from mxmoe import ceilings, costs, harmony, ops, reference
     from mxmoe.adapters import AdapterError
+    from mxmoe.c_interface import get_cmake_dir, get_include, get_library
     from mxmoe.checkpoint import Checkpoint, CheckpointError
     from mxmoe.config import ConfigError, ModelConfig
     from mxmoe.doctor import doctor
@@ -37,6 +38,9 @@ _HOME = {
     "Tokenizer": "tokenizer",
     "TokenizerError": "tokenizer",
     "doctor": "doctor",
+    "get_cmake_dir": "c_interface",
+    "get_include": "c_interface",
+    "get_library": "c_interface",
     "load": "loading",
 }
 _MODULES = ("ceilings", "costs", "harmony", "ops", "reference")
@@ -57,6 +61,9 @@ __all__ = [
     "ceilings",
     "costs",
     "doctor",
+    "get_cmake_dir",
+    "get_include",
+    "get_library",
     "harmony",
     "load",
     "ops",
