@@ -88,6 +88,30 @@ def test_linear(dtype, kind, rows_at_a_time, monkeypatch):
     compare(mx.linear, formula, inputs, normal(5, 48, seed=5), weight=matrix)
 
 
+def test_linear_group():
+    layers = [linear_arguments(kind) for kind in ("bfloat16", "int8", "bfloat16 packed")]
+    x, biases = with_grad(normal(5, 64)), [with_grad(layer["bias"]) for layer in layers]
+    weight = with_grad(layers[0]["weight"])
+    stored = [weight, *(layer["weight"] for layer in layers[1:])]
+    wanted = (x, weight, *biases)
+
+    group = [(w, layer["scales"], b) for w, layer, b in zip(stored, layers, biases, strict=True)]
+    each = [mx.linear(x, w, b, scales=s) for w, s, b in group]
+    together = mx.linear_group(x, group)
+    assert_exact(together, torch.cat(each, dim=1))
+    with torch.no_grad():
+        assert_exact(mx.linear_group(x, group), together)
+    grad = normal(5, 144, seed=5)
+    for a, b in zip(
+        torch.autograd.grad(together, wanted, grad),
+        torch.autograd.grad(each, wanted, grad.split(48, dim=1)),
+        strict=True,
+    ):
+        assert_exact(a, b)
+    with pytest.raises(ValueError, match="out has no gradient"):
+        mx.linear_group(x, group, out=torch.empty(5, 144))
+
+
 def test_a_frozen_weight_keeps_no_activations():
     for weight, kept in ((normal(48, 64).bfloat16(), False), (with_grad(normal(48, 64).bfloat16()), True)):
         saved = []

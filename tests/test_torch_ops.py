@@ -26,6 +26,13 @@ def rope_arguments(rows: int = 4, **options: Any) -> dict[str, Any]:
     return {"x": normal(rows, 3, 8), "cos": normal(rows, 4), "sin": normal(rows, 4, seed=1), **options}
 
 
+def group_arguments(*kinds: str, **options: Any) -> dict[str, Any]:
+    layers = [linear_arguments(kind) for kind in kinds]
+    layers[-1]["bias"] = None
+    names = ("weight", "scales", "bias")
+    return {"x": layers[0]["x"], "layers": [tuple(layer[name] for name in names) for layer in layers], **options}
+
+
 def write_arguments(dtype: torch.dtype, rows: int = 3) -> dict[str, Any]:
     named = {"k": normal(rows, 2, 16), "v": normal(rows, 2, 16, seed=1), "slots": torch.arange(5, 5 - rows, -1)}
     named |= {name: torch.zeros((2, 2, 4, 16), dtype=dtype) for name in ("k_cache", "v_cache")}
@@ -51,7 +58,10 @@ CALLS: dict[str, Callable[[], dict[str, Any]]] = {
     "linear int8": lambda: linear_arguments("int8", activations="int8", x=normal(5, 64, dtype=BF16)),
     "linear bfloat16 packed": lambda: linear_arguments("bfloat16 packed", activations="float32", bias=None),
     "linear int8 packed": lambda: linear_arguments("int8 packed", residual=None),
+    "linear_group bfloat16": lambda: group_arguments("bfloat16", "bfloat16"),
+    "linear_group mixed": lambda: group_arguments("int8", "bfloat16 packed", "int8 packed", activations="int8"),
     "expert_routing": lambda: dict(ROUTING),
+    "expert_offsets": lambda: {"topk_ids": torch.tensor([[2, 0], [1, 2], [0, 2]]).int(), "num_experts": 4},
     "mxfp4_moe float32": lambda: moe_arguments(activations="float32"),
     "mxfp4_moe bf16": lambda: moe_arguments(residual=True, x_dtype="bfloat16", bias_dtype="float32"),
     "mxfp4_moe int8 packed": lambda: moe_arguments(packed=True, activations="int8", swiglu_limit=3.0, first_expert=1),
@@ -78,7 +88,7 @@ GRADIENTS = {
     "sink_attention": ("q", "sinks"),
     "sink_attention_bhsd": ("q", "k", "v", "sinks"),
 }
-OUT = ("embedding", "rmsnorm", "rope", "linear", "mxfp4_moe", "sink_attention")
+OUT = ("embedding", "rmsnorm", "rope", "linear", "linear_group", "mxfp4_moe", "sink_attention")
 
 
 @pytest.fixture(autouse=True)
@@ -127,6 +137,11 @@ def check_operator(function: Callable[..., Any], arguments: dict[str, Any], grad
     )
     torch.library.opcheck(operator, copies)
     return operator.name()
+
+
+def test_every_op_is_there():
+    assert set(ops.__all__) - set(mx.__all__) == {"rope_inv_freq", "num_threads", "isa"}  # no work on tensors
+    assert {op_name(name) for name in CALLS} == set(mx.__all__)
 
 
 @every_call

@@ -336,6 +336,44 @@ def _linear_backward(ctx: Any, grad: Tensor) -> Any:
 linear.register_autograd(_linear_backward, setup_context=_linear_setup)
 
 
+# linear_group -----------------------------------------------------------------------------------------------------
+
+Optionals = list[Tensor | None]
+
+
+def _linear_group(
+    x: Tensor,
+    weights: list[Tensor],
+    scales: Optionals,
+    biases: Optionals,
+    activations: str,
+    out: Tensor | None = None,
+) -> Tensor:
+    layers = [
+        (_given(f"weight[{i}]", w), _optional(f"scales[{i}]", s), None if b is None else _rows(f"bias[{i}]", b))
+        for i, (w, s, b) in enumerate(zip(weights, scales, biases, strict=True))
+    ]
+    kernels = _backend(x)
+    result: Tensor = kernels.linear_group(_rows("x", x), layers, activations=activations, out=_optional("out", out))
+    return result
+
+
+def _linear_group_fake(x: Tensor, weights: list[Tensor], *_: Any) -> Tensor:
+    rows = sum(_linear_fake(x, weight).shape[1] for weight in weights)
+    return x.new_empty((x.shape[0], rows), dtype=torch.float32)
+
+
+# Without gradients: where those are wanted, the layers are computed one by one.
+linear_group: TensorOp = _define(
+    "linear_group",
+    "Tensor x, Tensor[] weights, Tensor?[] scales, Tensor?[] biases, str activations",
+    "Tensor",
+    _linear_group,
+    _linear_group_fake,
+    "Tensor(a!) out",
+)
+
+
 # expert_routing ---------------------------------------------------------------------------------------------------
 
 
@@ -369,6 +407,25 @@ def _expert_routing_backward(ctx: Any, _: Any, grad: Tensor) -> Any:
 
 
 expert_routing.register_autograd(_expert_routing_backward, setup_context=_expert_routing_setup)
+
+
+def _expert_offsets(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    offsets, order = _backend(topk_ids).expert_offsets(_int32("topk_ids", topk_ids), num_experts)
+    return offsets, order
+
+
+def _expert_offsets_fake(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    pairs = topk_ids.shape[0] * topk_ids.shape[1]
+    return topk_ids.new_empty(num_experts + 1, dtype=torch.int32), topk_ids.new_empty(pairs, dtype=torch.int32)
+
+
+expert_offsets: PairOp = _define(
+    "expert_offsets",
+    "Tensor topk_ids, SymInt num_experts",
+    "(Tensor, Tensor)",
+    _expert_offsets,
+    _expert_offsets_fake,
+)
 
 
 # mxfp4_moe --------------------------------------------------------------------------------------------------------

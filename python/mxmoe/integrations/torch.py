@@ -21,6 +21,7 @@ The file is long because every op's contract stands in its docstring.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 try:
@@ -38,10 +39,12 @@ from mxmoe.ops import Activations
 
 __all__ = [
     "embedding",
+    "expert_offsets",
     "expert_routing",
     "int8_quantize",
     "kv_cache_write",
     "linear",
+    "linear_group",
     "mxfp4_dequantize",
     "mxfp4_moe",
     "mxfp4_quantize",
@@ -178,6 +181,61 @@ def linear(
     _no_gradient("out has no gradient", x, weight, bias, scales, residual)
     torch.ops.mxmoe.linear_out(*inputs, out)
     return out
+
+
+def linear_group(
+    x: Tensor,
+    layers: Sequence[tuple[Tensor, Tensor | None, Tensor | None]],
+    *,
+    activations: Activations = "bf16",
+    out: Tensor | None = None,
+) -> Tensor:
+    """Several dense layers of the same input, their results side by side.
+
+    Gives what `linear` gives for each, to the last bit, in one go; where a gradient is wanted, by `linear` itself.
+
+    Parameters
+    ----------
+    x : Tensor, shape (num_tokens, in_features), float32 or bfloat16
+        Has a gradient.
+    layers : sequence of (weight, scales, bias)
+        As in `linear`, with the same gradients; scales and bias may be None.
+    activations : {"float32", "bf16", "int8"}
+    out : Tensor, shape (num_tokens, sum of out_features), float32, optional
+
+    Returns
+    -------
+    Tensor, shape (num_tokens, sum of out_features), float32
+    """
+    tensors = [x, *(t for layer in layers for t in layer)]
+    if out is not None:
+        _no_gradient("out has no gradient", *tensors)
+    elif torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return torch.cat([linear(x, w, b, scales=s, activations=activations) for w, s, b in layers], dim=1)
+    weights, scales, biases = ([layer[i] for layer in layers] for i in range(3))
+    if out is None:
+        return _ops.linear_group(x, weights, scales, biases, activations)
+    torch.ops.mxmoe.linear_group_out(x, weights, scales, biases, activations, out)
+    return out
+
+
+def expert_offsets(topk_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """Sort the (token, choice) pairs by expert, stably.
+
+    Parameters
+    ----------
+    topk_ids : Tensor, shape (num_tokens, experts_per_token), int32 or int64
+        Within [0, num_experts).
+    num_experts : int
+
+    Returns
+    -------
+    expert_offsets : Tensor, shape (num_experts + 1,), int32
+        Expert e owns ``order[expert_offsets[e]:expert_offsets[e + 1]]``.
+    order : Tensor, shape (num_tokens * experts_per_token,), int32
+        Pairs, as ``token * experts_per_token + choice``.
+    """
+    return _ops.expert_offsets(topk_ids, num_experts)
 
 
 def expert_routing(router_logits: Tensor, experts_per_token: int) -> tuple[Tensor, Tensor]:
