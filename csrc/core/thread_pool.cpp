@@ -36,9 +36,17 @@ inline void pause() {
 #endif
 }
 
-struct Job {
-  const std::function<void(int64_t)>* body = nullptr;
-  int threads = 0;  // the caller's own among them
+// The job of the moment, in one word: how many workers are at it, whether more may join, how many threads it is for
+// (the caller's own among them), and its number, so that a worker knows a new one.
+struct JobState {
+  static constexpr uint64_t kOne = 1, kOpen = uint64_t{1} << 16;
+  static int busy(uint64_t s) { return static_cast<int>(s & 0xffff); }
+  static bool open(uint64_t s) { return (s & kOpen) != 0; }
+  static int threads(uint64_t s) { return static_cast<int>(s >> 17 & 0x7fff); }
+  static uint32_t number(uint64_t s) { return static_cast<uint32_t>(s >> 32); }
+  static uint64_t opened(uint32_t number, int threads) {
+    return uint64_t{number} << 32 | static_cast<uint64_t>(threads) << 17 | kOpen;
+  }
 };
 
 // What is left of one thread's run of items: the owner takes from the front, so that it goes straight on through
@@ -68,20 +76,22 @@ class Pool {
   void run(int threads, int64_t count, const std::function<void(int64_t)>& body) {
     const std::lock_guard<std::mutex> one_at_a_time(run_mutex_);
     threads = static_cast<int>(std::min<int64_t>(threads, count));
-    const int helpers = threads - 1;
-    grow(helpers);
+    grow(threads - 1);
+    // No worker is at a job now, nor can one join before the next is opened: all this is the caller's.
+    body_ = &body;
+    for (int64_t i = 0; i < threads; ++i) {
+      shares_[i].set(static_cast<uint32_t>(count * i / threads), static_cast<uint32_t>(count * (i + 1) / threads));
+    }
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      job_ = Job{&body, threads};
-      for (int64_t i = 0; i < threads; ++i) {
-        shares_[i].set(static_cast<uint32_t>(count * i / threads), static_cast<uint32_t>(count * (i + 1) / threads));
-      }
-      busy_.store(helpers, std::memory_order_relaxed);
-      generation_.fetch_add(1, std::memory_order_release);
+      state_.store(JobState::opened(JobState::number(state_.load(std::memory_order_relaxed)) + 1, threads),
+                   std::memory_order_release);
     }
     if (parked_.load(std::memory_order_acquire) > 0) wake_.notify_all();
-    work(0);
-    for (int spins = 0; busy_.load(std::memory_order_acquire) > 0; ++spins) {
+    work(0, threads);
+    // Everything is taken. A worker that has not come yet, asleep or without a CPU, is not waited for.
+    state_.fetch_and(~JobState::kOpen, std::memory_order_relaxed);
+    for (int spins = 0; JobState::busy(state_.load(std::memory_order_acquire)) > 0; ++spins) {
       if (spins < kSpinRounds) {
         pause();
       } else {
@@ -94,57 +104,57 @@ class Pool {
   void grow(int helpers) {
     while (static_cast<int>(workers_.size()) < helpers) {
       const int index = static_cast<int>(workers_.size());
-      const uint64_t seen = generation_.load(std::memory_order_relaxed);
+      const uint32_t seen = JobState::number(state_.load(std::memory_order_relaxed));
       workers_.emplace_back([this, index, seen] { loop(index, seen); });
       workers_.back().detach();
     }
   }
 
-  void work(int own) {
-    for (int i = 0; i < job_.threads; ++i) {
-      Share& share = shares_[(own + i) % job_.threads];
-      for (int64_t item = share.take(i == 0); item >= 0; item = share.take(i == 0)) (*job_.body)(item);
+  void work(int own, int threads) {
+    for (int i = 0; i < threads; ++i) {
+      Share& share = shares_[(own + i) % threads];
+      for (int64_t item = share.take(i == 0); item >= 0; item = share.take(i == 0)) (*body_)(item);
     }
   }
 
-  void loop(int index, uint64_t seen) {
+  void loop(int index, uint32_t seen) {
     for (;;) {
-      wait_past(seen);
-      // run() waits for every invited worker before it writes the next job, so job_ is stable for those; the
-      // others must not look at it, or they would race with the next run().
-      uint64_t current;
-      bool invited;
-      {
-        const std::lock_guard<std::mutex> lock(mutex_);
-        current = generation_.load(std::memory_order_relaxed);
-        invited = index + 1 < job_.threads;
+      uint64_t state = wait_past(seen);
+      seen = JobState::number(state);
+      bool joined = false;
+      while (!joined && JobState::open(state) && JobState::number(state) == seen &&
+             index + 1 < JobState::threads(state)) {
+        joined = state_.compare_exchange_weak(state, state + JobState::kOne, std::memory_order_acquire,
+                                              std::memory_order_relaxed);
       }
-      seen = current;
-      if (!invited) continue;
-      work(index + 1);
-      busy_.fetch_sub(1, std::memory_order_release);
+      if (!joined) continue;
+      work(index + 1, JobState::threads(state));
+      state_.fetch_sub(JobState::kOne, std::memory_order_release);
     }
   }
 
-  void wait_past(uint64_t seen) {
+  // Returns the state once it is of another job.
+  uint64_t wait_past(uint32_t seen) {
+    const auto is_new = [&](uint64_t state) { return JobState::number(state) != seen; };
     for (int spins = 0; spins < kSpinRounds; ++spins) {
-      if (generation_.load(std::memory_order_acquire) != seen) return;
+      const uint64_t state = state_.load(std::memory_order_relaxed);
+      if (is_new(state)) return state;
       pause();
     }
     std::unique_lock<std::mutex> lock(mutex_);
     parked_.fetch_add(1, std::memory_order_relaxed);
-    wake_.wait(lock, [&] { return generation_.load(std::memory_order_relaxed) != seen; });
+    wake_.wait(lock, [&] { return is_new(state_.load(std::memory_order_relaxed)); });
     parked_.fetch_sub(1, std::memory_order_relaxed);
+    return state_.load(std::memory_order_relaxed);
   }
 
   std::mutex run_mutex_;
   std::mutex mutex_;
   std::condition_variable wake_;
   std::vector<std::thread> workers_;
-  Job job_;
+  const std::function<void(int64_t)>* body_ = nullptr;
   Share shares_[kMaxThreads];
-  std::atomic<uint64_t> generation_{0};
-  std::atomic<int> busy_{0};
+  alignas(64) std::atomic<uint64_t> state_{0};
   std::atomic<int> parked_{0};
 };
 
