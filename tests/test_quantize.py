@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from compare import assert_exact
-from mxmoe import ops
+from mxmoe import _core, ops
 from mxmoe.reference import ops as reference
 from op_helpers import BF16, BLOCK, FLOATS, decode_mxfp4, normal, random_mxfp4, strided, to_torch, unchanged, wide
 
@@ -217,3 +217,23 @@ def test_an_int8_matrix_rounded_the_wrong_way_is_rejected():
     for wrong in (np.trunc(blocks), np.floor(blocks), -np.rint(blocks)):
         with pytest.raises(AssertionError):
             assert_exact(codes, wrong.reshape(20, 96).astype(np.int8))
+
+
+def test_first_not_finite():
+    every = np.arange(1 << 16, dtype=np.uint16).view(BF16)
+    is_finite = every.view(np.uint16) & 0x7F80 != 0x7F80
+    finite = np.resize(every[is_finite], 300_001)  # several threads' pieces, and no whole number of them
+    for size in (0, 1, 7, 300_001):
+        assert _core.first_not_finite(finite[:size]) == -1
+    for value in every[~is_finite][::17]:
+        for places in ([0], [300_000], [65_535], [65_536, 65_537], [200_000, 299_999, 70_000]):
+            x = finite.copy()
+            x[places] = value
+            assert _core.first_not_finite(x) == min(places)
+    for wrong, says in (
+        (np.zeros(4, np.float32), "x has dtype float32; wanted bfloat16"),
+        (finite.reshape(1, -1), r"x has shape \(1, 300001\); wanted \(n\)"),
+        (finite[::2], "contiguous"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=says):
+            _core.first_not_finite(wrong)

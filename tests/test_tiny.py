@@ -52,7 +52,7 @@ def test_accuracy_of_the_default(tiny: mxmoe.Model) -> None:
 @pytest.mark.parametrize("isa", _core.available_isas())
 def test_accuracy_under_every_kernel_set_and_mode(isa: str, mode: str) -> None:
     with ops.isa(isa):
-        result = evaluate(mxmoe.load("tiny", **MODES[mode]), 10)
+        result = evaluate(mxmoe.load("tiny", **MODES[mode]), 4 if isa == "scalar" else 10)  # scalar is slow
     assert result.total.correct / result.total.n >= WANTED, [(p.question, a) for p, a in result.failures]
 
 

@@ -6,6 +6,14 @@ namespace mxmoe {
 
 void bind_quantize(py::module_& m) {
   m.def(
+      "first_not_finite",
+      [](const py::object& x) {
+        const TensorArg values = required(x, "x");
+        const py::gil_scoped_release unlocked;
+        return first_not_finite(values);
+      },
+      py::arg("x"));
+  m.def(
       "mxfp4_dequantize",
       [](const py::object& blocks, const py::object& scales, const py::object& out) {
         const TensorArg b = required(blocks, "blocks"), s = required(scales, "scales"),

@@ -6,7 +6,7 @@ import collections.abc
 import numpy
 import numpy.typing
 import typing
-__all__: list[str] = ['ReadBuffer', 'active_isa', 'available_isas', 'cpu_features', 'current_num_threads', 'describe', 'embedding', 'expert_offsets', 'expert_routing', 'hardware_threads', 'int8_quantize', 'kernels', 'kv_cache_write', 'linear', 'linear_group', 'mxfp4_dequantize', 'mxfp4_moe', 'mxfp4_quantize', 'pack_linear', 'pack_mxfp4', 'prefers_packed', 'rmsnorm', 'rope', 'rope_cos_sin', 'rope_inv_freq', 'run_peak', 'set_isa', 'set_num_threads', 'sink_attention', 'unpack_linear', 'unpack_mxfp4']
+__all__: list[str] = ['ReadBuffer', 'active_isa', 'available_isas', 'cpu_features', 'current_num_threads', 'describe', 'embedding', 'expert_offsets', 'expert_routing', 'first_not_finite', 'hardware_threads', 'int8_quantize', 'kernels', 'kv_cache_write', 'linear', 'linear_group', 'mxfp4_dequantize', 'mxfp4_moe', 'mxfp4_quantize', 'pack_linear', 'pack_mxfp4', 'prefers_packed', 'rmsnorm', 'rope', 'rope_cos_sin', 'rope_inv_freq', 'run_peak', 'set_isa', 'set_num_threads', 'sink_attention', 'unpack_linear', 'unpack_mxfp4']
 class ReadBuffer:
     def __init__(self, num_bytes: typing.SupportsInt | typing.SupportsIndex) -> None:
         ...
@@ -30,6 +30,8 @@ def embedding(token_ids: typing.Any, weight: typing.Any, out: typing.Any) -> Non
 def expert_offsets(topk_ids: typing.Any, num_experts: typing.SupportsInt | typing.SupportsIndex, offsets: typing.Any, order: typing.Any) -> None:
     ...
 def expert_routing(router_logits: typing.Any, topk_ids: typing.Any, topk_weights: typing.Any) -> None:
+    ...
+def first_not_finite(x: typing.Any) -> int:
     ...
 def hardware_threads() -> int:
     ...

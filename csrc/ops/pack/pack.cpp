@@ -14,21 +14,40 @@ struct Matrix {
   int64_t blocks() const { return k / kMxBlock; }
 };
 
-// The panels of one array: every dword of `stored` (rows x row_dwords) through `change` to its place, or back.
+// The panels of one array: every dword of `stored` (rows x row_dwords, a multiple of four) through `change` to its
+// place, or back. Four dwords of a row at a time, which compilers turn into vectors.
 template <bool kPack, class Change>
 void move_panels(const Matrix& m, unsigned char* stored, unsigned char* packed, int64_t row_dwords,
                  const Change& change) {
+  constexpr int kWide = 4;
   parallel_for(m.panels(), [&](int64_t panel) {
     unsigned char* rows = stored + panel * kPanelRows * row_dwords * 4;
-    unsigned char* to = packed + panel * kPanelRows * row_dwords * 4;
-    for (int64_t i = 0; i < row_dwords; ++i) {
-      for (int64_t r = 0; r < kPanelRows; ++r) {
-        unsigned char* a = rows + (r * row_dwords + i) * 4;
-        unsigned char* b = to + (i * kPanelRows + r) * 4;
-        uint32_t x;
-        std::memcpy(&x, kPack ? a : b, sizeof x);
-        x = change(x);
-        std::memcpy(kPack ? b : a, &x, sizeof x);
+    unsigned char* panels = packed + panel * kPanelRows * row_dwords * 4;
+    for (int64_t i = 0; i < row_dwords; i += kWide) {
+      uint32_t by_row[kPanelRows][kWide], by_place[kWide][kPanelRows];
+      unsigned char* here = panels + i * kPanelRows * 4;
+      if (kPack) {
+        for (int64_t r = 0; r < kPanelRows; ++r) {
+          std::memcpy(by_row[r], rows + (r * row_dwords + i) * 4, sizeof by_row[r]);
+        }
+        for (auto& row : by_row) {
+          for (uint32_t& x : row) x = change(x);
+        }
+        for (int r = 0; r < kPanelRows; ++r) {
+          for (int j = 0; j < kWide; ++j) by_place[j][r] = by_row[r][j];
+        }
+        std::memcpy(here, by_place, sizeof by_place);
+      } else {
+        std::memcpy(by_place, here, sizeof by_place);
+        for (int r = 0; r < kPanelRows; ++r) {
+          for (int j = 0; j < kWide; ++j) by_row[r][j] = by_place[j][r];
+        }
+        for (auto& row : by_row) {
+          for (uint32_t& x : row) x = change(x);
+        }
+        for (int64_t r = 0; r < kPanelRows; ++r) {
+          std::memcpy(rows + (r * row_dwords + i) * 4, by_row[r], sizeof by_row[r]);
+        }
       }
     }
   });
@@ -111,7 +130,8 @@ void move_linear(const Matrix& m, const Tensor& weight, const Tensor& scales, co
                        [](uint32_t x) { return x; });
     return;
   }
-  move_panels<kPack>(m, weight.as<unsigned char>(), packed.as<unsigned char>(), m.k / 4, flip_signs);
+  move_panels<kPack>(m, weight.as<unsigned char>(), packed.as<unsigned char>(), m.k / 4,
+                     [](uint32_t x) { return flip_signs(x); });
   move_scales<kPack, uint16_t>(m, scales, packed_scales);
 }
 
@@ -126,14 +146,16 @@ bool prefers_packed(Activations activations, PackedForm weights) {
 void pack_mxfp4(const Tensor& blocks, const Tensor& scales, const Tensor& packed, const Tensor& packed_scales) {
   const Matrix m = check_mxfp4(blocks, scales, packed, packed_scales);
   check_written({"packed", packed}, {"packed_scales", packed_scales}, {{"blocks", blocks}, {"scales", scales}});
-  move_panels<true>(m, blocks.as<unsigned char>(), packed.as<unsigned char>(), m.k / 8, pack_codes);
+  move_panels<true>(m, blocks.as<unsigned char>(), packed.as<unsigned char>(), m.k / 8,
+                    [](uint32_t x) { return pack_codes(x); });
   move_scales<true, uint8_t>(m, scales, packed_scales);
 }
 
 void unpack_mxfp4(const Tensor& packed, const Tensor& packed_scales, const Tensor& blocks, const Tensor& scales) {
   const Matrix m = check_mxfp4(blocks, scales, packed, packed_scales);
   check_written({"blocks", blocks}, {"scales", scales}, {{"packed", packed}, {"packed_scales", packed_scales}});
-  move_panels<false>(m, blocks.as<unsigned char>(), packed.as<unsigned char>(), m.k / 8, unpack_codes);
+  move_panels<false>(m, blocks.as<unsigned char>(), packed.as<unsigned char>(), m.k / 8,
+                     [](uint32_t x) { return unpack_codes(x); });
   move_scales<false, uint8_t>(m, scales, packed_scales);
 }
 

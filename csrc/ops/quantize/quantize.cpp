@@ -1,7 +1,9 @@
 #include "ops/quantize/quantize.h"
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <limits>
 
 #include "core/check.h"
 #include "core/thread_pool.h"
@@ -9,7 +11,7 @@
 namespace mxmoe {
 namespace {
 
-// Runs at load time only, where the disk is the limit: portable code, no dispatch.
+// Runs at load time only: portable code in loops that compilers turn into vectors, no dispatch.
 
 void check_values(const char* name, const Tensor& values) {
   check_dtype(name, values, {DType::f32, DType::bf16});
@@ -28,21 +30,26 @@ void load_block(const Tensor& values, int64_t row, int64_t block, float (&x)[kMx
   }
 }
 
+// Of finite numbers, whose magnitudes are ordered as their bits are.
 float largest_magnitude(const float (&x)[kMxBlock]) {
-  float amax = 0.0f;
-  for (int i = 0; i < kMxBlock; ++i) amax = std::fabs(x[i]) > amax ? std::fabs(x[i]) : amax;
-  return amax;
+  int32_t largest = 0;
+  for (int i = 0; i < kMxBlock; ++i) {
+    const auto magnitude = static_cast<int32_t>(bits_from_float(x[i]) & 0x7fffffffu);
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  return float_from_bits(static_cast<uint32_t>(largest));
 }
 
 void check_finite(const Tensor& values) {
   std::atomic<int64_t> bad_row{-1};
   parallel_for(values.shape[0], [&](int64_t row) {
-    float x[kMxBlock], poison = 0.0f;
+    float x[kMxBlock];
+    uint32_t bad = 0;
     for (int64_t b = 0; b < values.shape[1] / kMxBlock; ++b) {
       load_block(values, row, b, x);
-      for (int i = 0; i < kMxBlock; ++i) poison += x[i] * 0.0f;  // NaN once a value is not finite
+      for (int i = 0; i < kMxBlock; ++i) bad |= (bits_from_float(x[i]) & 0x7f800000u) == 0x7f800000u;
     }
-    if (poison != 0.0f) bad_row.store(row, std::memory_order_relaxed);
+    if (bad != 0) bad_row.store(row, std::memory_order_relaxed);
   });
   check_value(bad_row.load() < 0, "x holds a NaN or infinity in row ", bad_row.load(), "; wanted finite numbers");
 }
@@ -76,13 +83,42 @@ void quantize_mx_block(const float (&x)[kMxBlock], uint8_t* codes, uint8_t* scal
   }
 }
 
+// To nearest, ties to even, as bits: of magnitudes below 2^22 the sum with 1.5 * 2^23 keeps no fraction.
+int32_t round_to_int(float x) {
+  constexpr float kShift = 12582912.0f;
+  return static_cast<int32_t>(bits_from_float(x + kShift) - bits_from_float(kShift));
+}
+
 // The smallest bfloat16 that is not below a positive float.
 bf16 round_up(float x) {
   const uint32_t bits = bits_from_float(x);
   return bf16{static_cast<uint16_t>((bits + 0xffffu) >> 16)};
 }
 
+bool is_finite(bf16 x) { return (x.bits & 0x7f80u) != 0x7f80u; }
+
 }  // namespace
+
+int64_t first_not_finite(const Tensor& x) {
+  check_dtype("x", x, {DType::bf16});
+  check_shape("x", x, {-1}, "(n)");
+  check_contiguous("x", x);
+  constexpr int64_t kPiece = int64_t{1} << 16;
+  const int64_t n = x.shape[0];
+  const bf16* values = x.as<bf16>();
+  std::atomic<int64_t> first{n};
+  parallel_for((n + kPiece - 1) / kPiece, [&](int64_t piece) {
+    const int64_t begin = piece * kPiece, end = std::min(begin + kPiece, n);
+    uint16_t bad = 0;
+    for (int64_t i = begin; i < end; ++i) bad |= static_cast<uint16_t>(!is_finite(values[i]));
+    if (bad == 0) return;
+    const int64_t at = std::find_if_not(values + begin, values + end, is_finite) - values;
+    int64_t before = first.load(std::memory_order_relaxed);
+    while (at < before && !first.compare_exchange_weak(before, at, std::memory_order_relaxed)) {
+    }
+  });
+  return first.load() < n ? first.load() : -1;
+}
 
 void mxfp4_dequantize(const Tensor& blocks, const Tensor& scales, const Tensor& values) {
   check_values("out", values);
@@ -157,10 +193,9 @@ void int8_quantize(const Tensor& values, const Tensor& codes, const Tensor& scal
       scales.as<bf16>()[row * per_row + b] = rounded;
       const float scale = to_float(rounded);
       int8_t* to = codes.as<int8_t>() + row * values.shape[1] + b * kMxBlock;
-      for (int i = 0; i < kMxBlock; ++i) {
-        // amax / 127 may underflow to zero: then so do the values.
-        to[i] = scale > 0.0f ? static_cast<int8_t>(std::nearbyint(x[i] / scale)) : int8_t{0};
-      }
+      // amax / 127 may underflow to zero: then so do the values.
+      const float divisor = scale > 0.0f ? scale : std::numeric_limits<float>::infinity();
+      for (int i = 0; i < kMxBlock; ++i) to[i] = static_cast<int8_t>(round_to_int(x[i] / divisor));
     }
   });
 }
