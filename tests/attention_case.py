@@ -171,6 +171,41 @@ def make(
     )
 
 
+def padded_left(case: AttentionCase, starts: list[int]) -> tuple[NDArray[Any], dict[str, Any], NDArray[np.bool_]]:
+    """The same sequences with `starts` places of poison before their first keys, and queries there in new ones."""
+    extra = [start if new == length else 0 for (new, length), start in zip(case.sequences, starts, strict=True)]
+    parts = np.split(case.q, case.cu_seqlens[1:-1])
+    queries = [np.concatenate([np.ones((n, *q.shape[1:]), q.dtype), q]) for n, q in zip(extra, parts, strict=True)]
+
+    def shift(stored: list[Stored]) -> list[Stored]:
+        shifted = []
+        for x, start in zip(stored, starts, strict=True):
+            values = np.concatenate([np.full((start, *x.values.shape[1:]), 127, x.values.dtype), x.values])
+            scales = x.scales
+            if scales is not None:
+                scales = np.concatenate([np.full((start, scales.shape[1]), np.nan, np.float32), scales])
+            elif start:
+                values[:start] = np.nan
+            shifted.append(Stored(values, scales))
+        return shifted
+
+    longer = replace(
+        case,
+        q=np.concatenate(queries),
+        sequences=[
+            (new + n, length + start) for (new, length), n, start in zip(case.sequences, extra, starts, strict=True)
+        ],
+        keys=shift(case.keys),
+        values=shift(case.values),
+    )
+    own = np.concatenate([np.arange(len(q)) >= n for q, n in zip(queries, extra, strict=True)])
+    kwargs = longer.kwargs | {
+        "seq_lens": np.array([length for _, length in case.sequences], np.int32),
+        "key_starts": np.array(starts, np.int32),
+    }
+    return longer.q, kwargs, own
+
+
 def torch_attention(case: AttentionCase, dtype: str = "float32") -> tuple[torch.Tensor, torch.Tensor]:
     """Result and sink share, from one masked softmax a sequence in float32, rounding what the case says."""
     q, sinks = torch.from_numpy(case.rounded_q).float(), to_torch(case.sinks).float()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import ModuleType
 
 import pytest
 import torch
 
-from mxmoe import _core, ops
+from cuda_helpers import EMULATION, modules
+from mxmoe import _core, cuda, ops
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -23,3 +25,41 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run a test once under every instruction set of this machine, and give its name."""
     with ops.isa(request.param):
         yield request.param
+
+
+_CUDA_MODULES = modules()
+_MISSING = {
+    "emulation": f"{EMULATION} names no folder with the emulation (built with MXMOE_CUDA_EMULATION=ON)",
+    "gpu": f"no GPU: {cuda.problem()}",
+}
+
+
+@pytest.fixture(params=[name for name, module in _CUDA_MODULES.items() if module is not None] or ["gpu"])
+def gpu(request: pytest.FixtureRequest) -> Iterator[ModuleType]:
+    """Run a test on the emulation of a GPU, and on a GPU where there is one; gives the extension module."""
+    module = _CUDA_MODULES[request.param]
+    if module is None:
+        pytest.skip(_MISSING[request.param])
+    cuda.use(module)
+    if request.param == "emulation":
+        # Each test sees its own orders of threads, the same ones every time.
+        module.set_seed(1 + sum(map(ord, request.node.name)) % 1000)
+    yield module
+    if request.param == "emulation":
+        module.clear_fault()
+        module.set_memory_limit(0)
+    cuda.use(None)
+
+
+@pytest.fixture
+def emulation() -> Iterator[ModuleType]:
+    """Run a test on the emulation alone; gives its module."""
+    module = _CUDA_MODULES["emulation"]
+    if module is None:
+        pytest.skip(_MISSING["emulation"])
+    cuda.use(module)
+    yield module
+    module.clear_fault()
+    module.set_memory_limit(0)
+    module.set_seed(0)
+    cuda.use(None)

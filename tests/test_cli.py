@@ -167,7 +167,13 @@ def test_doctor_names_a_kernel_for_every_op() -> None:
     result = run_json("doctor")
     ops = {kernel["op"] for kernel in result["kernels"]}
     assert {"rmsnorm", "rope", "linear_bf16_bf16", "expert_routing", "mxfp4_moe_bf16", "sink_attention_bf16"} <= ops
-    assert run("doctor").returncode == 0
+    done = run("doctor")
+    assert done.returncode == 0
+    # What stands between this machine and a GPU is said in words, or the GPU named.
+    cuda = result["cuda"]
+    assert cuda["built"] or "without CUDA" in cuda["problem"]
+    assert cuda["problem"] or cuda["devices"][0]["compute_capability"][0] >= 8
+    assert "CUDA: " in done.stdout
 
 
 def test_doctor_says_why_under_a_forced_instruction_set() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from attention_case import KV_MODES, Stored, make, torch_attention
+from attention_case import KV_MODES, Stored, make, padded_left, torch_attention
 from compare import assert_close, assert_exact, poisoned
 from mxmoe import ops
 from mxmoe.reference import ops as reference
@@ -426,41 +426,6 @@ def test_strides_that_cut_heads_are_an_error():
         ValueError, match="v_cache has a stride of 17 elements on axis 2; wanted a multiple of head_dim"
     ):
         case.run(v_cache=memory[..., :16])
-
-
-def padded_left(case, starts):
-    """The same sequences with `starts` places of poison before their first keys, and queries there in new ones."""
-    extra = [start if new == length else 0 for (new, length), start in zip(case.sequences, starts, strict=True)]
-    parts = np.split(case.q, case.cu_seqlens[1:-1])
-    queries = [np.concatenate([np.ones((n, *q.shape[1:]), q.dtype), q]) for n, q in zip(extra, parts, strict=True)]
-
-    def shift(stored):
-        shifted = []
-        for x, start in zip(stored, starts, strict=True):
-            values = np.concatenate([np.full((start, *x.values.shape[1:]), 127, x.values.dtype), x.values])
-            scales = x.scales
-            if scales is not None:
-                scales = np.concatenate([np.full((start, scales.shape[1]), np.nan, np.float32), scales])
-            elif start:
-                values[:start] = np.nan
-            shifted.append(Stored(values, scales))
-        return shifted
-
-    longer = replace(
-        case,
-        q=np.concatenate(queries),
-        sequences=[
-            (new + n, length + start) for (new, length), n, start in zip(case.sequences, extra, starts, strict=True)
-        ],
-        keys=shift(case.keys),
-        values=shift(case.values),
-    )
-    own = np.concatenate([np.arange(len(q)) >= n for q, n in zip(queries, extra, strict=True)])
-    kwargs = longer.kwargs | {
-        "seq_lens": np.array([length for _, length in case.sequences], np.int32),
-        "key_starts": np.array(starts, np.int32),
-    }
-    return longer.q, kwargs, own
 
 
 @pytest.mark.parametrize("kv_dtype", KV_MODES)

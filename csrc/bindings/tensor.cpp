@@ -2,7 +2,6 @@
 
 #include <memory>
 
-#include "bindings/dlpack_abi.h"
 #include "core/check.h"
 #include "core/view.h"
 
@@ -98,17 +97,7 @@ void export_dlpack(py::object& owner, py::handle object, const char* name) {
 void from_dlpack_array(Tensor& t, const dlpack::Array& array, const char* name, bool writable) {
   check_value(array.device.type == dlpack::kCpu || array.device.type == dlpack::kCudaHost, name,
               " is not in CPU memory");
-  t.dtype = from_dlpack_dtype(name, array.dtype);
-  check_value(array.ndim >= 0 && array.ndim <= kMaxDims, name, " has ", array.ndim, " axes; wanted at most ",
-              kMaxDims);
-  py::ssize_t shape[kMaxDims], strides[kMaxDims];
-  int64_t contiguous = dtype_size(t.dtype);
-  for (int i = array.ndim - 1; i >= 0; --i) {
-    shape[i] = array.shape[i];
-    strides[i] = array.strides != nullptr ? array.strides[i] * dtype_size(t.dtype) : contiguous;
-    contiguous *= array.shape[i];
-  }
-  fill(t, name, {static_cast<char*>(array.data) + array.byte_offset, array.ndim, shape, strides}, writable);
+  t = dlpack_tensor(array, name, writable);
 }
 
 // The capsule stays ours unconsumed: when it is dropped, its own destructor frees the export.
@@ -185,6 +174,22 @@ void from_buffer(Tensor& t, py::object& owner, py::handle object, const char* na
 }
 
 }  // namespace
+
+Tensor dlpack_tensor(const dlpack::Array& array, const char* name, bool writable) {
+  Tensor t;
+  t.dtype = from_dlpack_dtype(name, array.dtype);
+  check_value(array.ndim >= 0 && array.ndim <= kMaxDims, name, " has ", array.ndim, " axes; wanted at most ",
+              kMaxDims);
+  py::ssize_t shape[kMaxDims], strides[kMaxDims];
+  int64_t contiguous = dtype_size(t.dtype);
+  for (int i = array.ndim - 1; i >= 0; --i) {
+    shape[i] = array.shape[i];
+    strides[i] = array.strides != nullptr ? array.strides[i] * dtype_size(t.dtype) : contiguous;
+    contiguous *= array.shape[i];
+  }
+  fill(t, name, {static_cast<char*>(array.data) + array.byte_offset, array.ndim, shape, strides}, writable);
+  return t;
+}
 
 TensorArg to_tensor(py::handle object, const char* name, bool writable) {
   TensorArg arg;

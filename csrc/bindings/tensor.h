@@ -8,6 +8,7 @@
 
 #include <string>
 
+#include "bindings/dlpack_abi.h"
 #include "core/types.h"
 
 namespace mxmoe {
@@ -36,6 +37,9 @@ inline TensorArg input(py::handle object, const char* name) { return to_tensor(o
 inline TensorArg output(py::handle object, const char* name) { return to_tensor(object, name, true); }
 // The same, but None is an error.
 TensorArg required(py::handle object, const char* name, bool writable = false);
+
+// What a DLPack export describes, wherever it lies, after the same checks.
+Tensor dlpack_tensor(const dlpack::Array& array, const char* name, bool writable);
 
 using TensorDescription = py::typing::Tuple<py::typing::Tuple<py::int_, py::ellipsis>, py::str>;
 // (shape, name of the dtype), after the same checks.

@@ -1,7 +1,7 @@
 """Run, inspect and extend OpenAI's gpt-oss models on your own machine.
 
-``mxmoe.load`` gives a model, ``mxmoe.ops`` the kernels on anyone's arrays, ``mxmoe.harmony`` the conversation format,
-``mxmoe.reference`` everything again in float64 NumPy.
+``mxmoe.load`` gives a model, ``mxmoe.ops`` the kernels on anyone's arrays, ``mxmoe.cuda`` the same on
+NVIDIA GPUs, ``mxmoe.harmony`` the conversation format, ``mxmoe.reference`` everything again in float64 NumPy.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from mxmoe import ceilings, costs, harmony, ops, reference
+    from mxmoe import ceilings, costs, cuda, harmony, ops, reference
     from mxmoe.adapters import AdapterError
     from mxmoe.c_interface import get_cmake_dir, get_include, get_library
     from mxmoe.checkpoint import Checkpoint, CheckpointError
@@ -43,7 +43,7 @@ _HOME = {
     "get_library": "c_interface",
     "load": "loading",
 }
-_MODULES = ("ceilings", "costs", "harmony", "ops", "reference")
+_MODULES = ("ceilings", "costs", "cuda", "harmony", "ops", "reference")
 
 __all__ = [
     "AdapterError",
@@ -60,6 +60,7 @@ __all__ = [
     "TokenizerError",
     "ceilings",
     "costs",
+    "cuda",
     "doctor",
     "get_cmake_dir",
     "get_include",

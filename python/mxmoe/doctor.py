@@ -6,7 +6,7 @@ import os
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from mxmoe import _core
+from mxmoe import _core, cuda
 
 if TYPE_CHECKING:
     from mxmoe.generate import Model
@@ -46,6 +46,9 @@ class Doctor:
     num_threads : int
         CPUs this process may run on.
     kernels : list of KernelChoice
+    cuda : dict
+        `built` (whether the extension is there), `architectures` it has code for, `runtime` and `driver` versions,
+        `devices`, and `problem`: what keeps this machine from running on a GPU, or None.
     components : dict or None
         For a model: what each component is held in (dtype) and takes (bytes).
     """
@@ -56,6 +59,7 @@ class Doctor:
     available_isas: list[str]
     num_threads: int
     kernels: list[KernelChoice]
+    cuda: dict[str, Any]
     components: dict[str, dict[str, Any]] | None = None
 
     def to_dict(self) -> dict[str, Any]:
@@ -67,6 +71,36 @@ def _why(chosen: int, rows: list[tuple[str, str]]) -> str:
     if chosen == 0:
         return "the best there is"
     return "; ".join(f"{name} needs {lacks}" for name, lacks in rows[:chosen])
+
+
+def _version(number: int) -> str | None:
+    return f"{number // 1000}.{number % 1000 // 10}" if number else None
+
+
+def _cuda() -> dict[str, Any]:
+    try:
+        extension = cuda.extension()
+    except RuntimeError as error:
+        return {"built": False, "architectures": None, "runtime": None, "driver": None, "devices": [],
+                "problem": str(error)}  # fmt: skip
+    status = extension.status()
+    devices = [
+        {
+            "index": device.index,
+            "name": device.name,
+            "compute_capability": list(device.compute_capability),
+            "total_bytes": device.total_bytes,
+        }
+        for device in status.devices
+    ]
+    return {
+        "built": True,
+        "architectures": extension.architectures().split(","),
+        "runtime": _version(status.runtime_version),
+        "driver": _version(status.driver_version),
+        "devices": devices,
+        "problem": status.problem or None,
+    }
 
 
 def doctor(model: Model | None = None) -> Doctor:
@@ -98,5 +132,6 @@ def doctor(model: Model | None = None) -> Doctor:
         available_isas=_core.available_isas(),
         num_threads=_core.hardware_threads(),
         kernels=kernels,
+        cuda=_cuda(),
         components=None if model is None else model.components,
     )

@@ -2,7 +2,8 @@
 
 Every op takes NumPy arrays (``ml_dtypes.bfloat16`` among them), torch tensors and anything else in CPU memory that
 speaks DLPack or the buffer protocol, without copying. Results go into ``out`` when it is given, else into a new
-array of the kind the first argument is. ``out`` is written in place and returned.
+array of the kind the first argument is. ``out`` is written in place and returned. What `mxmoe.cuda` has under
+the same name takes arrays on a GPU.
 
 Errors common to all ops: ``TypeError`` for what is no array or has a dtype that is not listed, ``ValueError`` for a
 shape, stride, alignment, device, value range or overlap that does not fit, or an output that is read-only. The
@@ -16,16 +17,17 @@ This file is long because every op's contract stands in its docstring.
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec, TypeVar
 
 import ml_dtypes
 import numpy as np
 
-from mxmoe import _core
+from mxmoe import _core, cuda
 
 __all__ = [
     "embedding",
@@ -63,6 +65,29 @@ _NUMPY_DTYPES: dict[str, Any] = {
     "int32": np.int32,
     "int64": np.int64,
 }
+
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def _also_on_gpu(op: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Let `mxmoe.cuda` do what has arrays on a GPU, and floats nowhere else: the one place where devices part."""
+
+    @functools.wraps(op)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        on_gpu = False
+        for x in (*args, *kwargs.values()):
+            # As a rule the first argument settles it: arrays of the host must not pay for the question.
+            if type(x) is np.ndarray and x.dtype.kind not in "iu":
+                return op(*args, **kwargs)
+            on_gpu = on_gpu or cuda.is_on_gpu(x)
+        if not on_gpu:
+            return op(*args, **kwargs)
+        result: _R = getattr(cuda, op.__name__)(*args, **kwargs)
+        return result
+
+    return call
 
 
 def _empty(like: Array, shape: tuple[int, ...], dtype: str) -> Array:
@@ -166,6 +191,7 @@ def isa(name: str) -> Iterator[None]:
         _core.set_isa(before)
 
 
+@_also_on_gpu
 def embedding(token_ids: Array, weight: Array, *, out: Array | None = None) -> Array:
     """Look token ids up in the embedding matrix.
 
@@ -191,6 +217,7 @@ def embedding(token_ids: Array, weight: Array, *, out: Array | None = None) -> A
     return out
 
 
+@_also_on_gpu
 def rmsnorm(x: Array, weight: Array, eps: float = 1e-5, *, out: Array | None = None) -> Array:
     """Root mean square layer normalisation: ``x / sqrt(mean(x**2) + eps) * weight`` by row.
 
@@ -282,6 +309,7 @@ def rope_cos_sin(positions: Array, inv_freq: Array, scaling: float = 1.0) -> tup
     return cos, sin
 
 
+@_also_on_gpu
 def rope(x: Array, cos: Array, sin: Array, *, out: Array | None = None) -> Array:
     """Rotary position embedding, half-split.
 
@@ -308,6 +336,7 @@ def rope(x: Array, cos: Array, sin: Array, *, out: Array | None = None) -> Array
     return out
 
 
+@_also_on_gpu
 def linear(
     x: Array,
     weight: Array,
@@ -345,6 +374,7 @@ def linear(
     return out
 
 
+@_also_on_gpu
 def linear_group(
     x: Array,
     layers: Sequence[tuple[Array, Array | None, Array | None]],
@@ -375,6 +405,7 @@ def linear_group(
     return out
 
 
+@_also_on_gpu
 def expert_routing(router_logits: Array, experts_per_token: int) -> tuple[Array, Array]:
     """Choose the experts of every token.
 
@@ -428,6 +459,7 @@ def expert_offsets(topk_ids: Array, num_experts: int) -> tuple[Array, Array]:
     return offsets, order
 
 
+@_also_on_gpu
 def mxfp4_moe(
     x: Array,
     topk_ids: Array,
@@ -507,6 +539,7 @@ def mxfp4_moe(
     return out
 
 
+@_also_on_gpu
 def kv_cache_write(
     k: Array,
     v: Array,
@@ -537,6 +570,7 @@ def kv_cache_write(
     _core.kv_cache_write(k, v, k_cache, v_cache, slots, k_scales, v_scales)
 
 
+@_also_on_gpu
 def sink_attention(
     q: Array,
     k_cache: Array,

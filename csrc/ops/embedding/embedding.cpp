@@ -6,14 +6,8 @@ namespace mxmoe {
 
 // A copy of a few rows: nothing here that an instruction set would speed up.
 void embedding(const Tensor& token_ids, const Tensor& weight, const Tensor& y) {
-  check_dtype("token_ids", token_ids, {DType::i64});
-  check_dtype("weight", weight, {DType::f32, DType::bf16});
-  check_dtype("out", y, {DType::f32});
-  check_shape("token_ids", token_ids, {-1}, "(num_tokens,)");
-  check_shape("weight", weight, {-1, -1}, "(vocab_size, hidden_size)");
+  check_embedding(token_ids, weight, y);
   const int64_t num_tokens = token_ids.shape[0], vocab_size = weight.shape[0], hidden_size = weight.shape[1];
-  check_shape("out", y, {num_tokens, hidden_size}, "(num_tokens, hidden_size)");
-  check_no_overlap("out", y, {{"weight", weight}, {"token_ids", token_ids}});
   const int64_t* ids = token_ids.as<int64_t>();
   for (int64_t t = 0; t < num_tokens; ++t) {
     check_value(ids[t] >= 0 && ids[t] < vocab_size, "token_ids[", t, "] is ", ids[t], "; wanted 0 to ",

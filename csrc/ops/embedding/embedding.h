@@ -5,6 +5,7 @@
 // Layout:   weight's rows contiguous; y may have a row stride.
 // Requires: 0 <= token_ids < vocab_size.
 // Calls:    no overlap; one thread; no scratch.
+// CUDA:     ids lie on the device and are not looked at beforehand: one out of range gives a row of NaN.
 // Source:   model card section 2.
 #pragma once
 
@@ -12,6 +13,12 @@
 
 namespace mxmoe {
 
+void check_embedding(const Tensor& token_ids, const Tensor& weight, const Tensor& y);
 void embedding(const Tensor& token_ids, const Tensor& weight, const Tensor& y);
+
+namespace cuda {
+class Stream;
+void embedding(Stream& stream, const Tensor& token_ids, const Tensor& weight, const Tensor& y);
+}  // namespace cuda
 
 }  // namespace mxmoe

@@ -10,6 +10,12 @@
 // Layout:   contiguous; router_logits may have a row stride.
 // Requires: 1 <= experts_per_token <= num_experts <= 65536; expert_offsets: 0 <= topk_ids < num_experts.
 // Calls:    no overlap; tokens are spread over threads; no scratch.
+// CUDA:     expert_routing: a warp a token; the same ids and order of additions whatever the batch. rmsnorm_routing:
+//           one launch for what stands before the experts: h = rmsnorm(x) (see rmsnorm; written in its dtype), logits
+//           = h Wr^T + br in float32 from the unrounded h, and the choice above. x (num_tokens, hidden_size) float32
+//           or bfloat16; norm_weight (hidden_size), router_weight (num_experts, hidden_size), router_bias
+//           (num_experts) bfloat16; h float32 or bfloat16; logits (num_tokens, num_experts) float32, written. At most
+//           1024 experts, hidden_size at most 8192.
 // Source:   model card section 2.2; gpt_oss/torch/model.py, MLPBlock.
 #pragma once
 
@@ -17,6 +23,9 @@
 
 namespace mxmoe {
 
+constexpr int64_t kMaxExperts = 65536;
+
+void check_expert_routing(const Tensor& router_logits, const Tensor& topk_ids, const Tensor& topk_weights);
 void expert_routing(const Tensor& router_logits, const Tensor& topk_ids, const Tensor& topk_weights);
 void expert_offsets(const Tensor& topk_ids, int64_t num_experts, const Tensor& offsets, const Tensor& order);
 
@@ -37,5 +46,19 @@ using RoutingKernel = void (*)(const RoutingRow&);
 void expert_routing_scalar(const RoutingRow&);
 void expert_routing_avx2(const RoutingRow&);
 void expert_routing_avx512(const RoutingRow&);
+
+namespace cuda {
+class Stream;
+
+struct NormRouter {
+  Tensor norm_weight;
+  float eps;
+  Tensor router_weight, router_bias;
+};
+void expert_routing(Stream& stream, const Tensor& router_logits, const Tensor& topk_ids, const Tensor& topk_weights);
+void rmsnorm_routing(Stream& stream, const Tensor& x, const NormRouter& router, const Tensor& h, const Tensor& logits,
+                     const Tensor& topk_ids, const Tensor& topk_weights);
+
+}  // namespace cuda
 
 }  // namespace mxmoe

@@ -10,6 +10,8 @@
 // Requires: 0 <= slots < num_blocks * block_size; k and v finite when the cache is int8 (else the scale is NaN).
 // Calls:    in place on the caches; no overlap; a slot named twice keeps the later token; heads of many tokens are
 //           spread over threads; no scratch; the bits are those of every instruction set and number of threads.
+// CUDA:     float32 and bfloat16 caches; slots lie on the device: one out of range writes nothing, and where two
+//           tokens have one slot either may stay.
 // Source:   Kwon et al. 2023 (PagedAttention), section 4.
 #pragma once
 
@@ -21,6 +23,7 @@ struct KvCache {
   Tensor k, v, k_scales, v_scales;
 };
 
+void check_kv_cache_write(const Tensor& k, const Tensor& v, const Tensor& slots, const KvCache& cache);
 void kv_cache_write(const Tensor& k, const Tensor& v, const Tensor& slots, const KvCache& cache);
 
 // All tokens of one head, in order.
@@ -42,5 +45,10 @@ void kv_cache_write_avx512(const KvRows&);
 
 // Shapes and dtypes of a cache, for every op that takes one.
 void check_kv_cache_shape(const KvCache& cache);
+
+namespace cuda {
+class Stream;
+void kv_cache_write(Stream& stream, const Tensor& k, const Tensor& v, const Tensor& slots, const KvCache& cache);
+}  // namespace cuda
 
 }  // namespace mxmoe

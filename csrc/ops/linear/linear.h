@@ -15,6 +15,11 @@
 // Calls:    y may be residual itself; no other overlap; tiles of (tokens x out_features) are spread over threads;
 //           scratch for the rounded x; a row's bits depend on that row alone, within one instruction set, and not on
 //           whether the weights are packed.
+// CUDA:     bfloat16 weights as stored; activations float32 or bf16. linear_bf16_bf16_sm80_kernel and
+//           linear_bf16_bf16_gemv_sm80_kernel multiply with mma.sync in slices of 384 along K, each summed from zero
+//           and the sums added in order, with the same assignment of K to the instruction's: a row's bits are the
+//           same from either, so that they do not depend on the number of tokens. linear_f32_bf16_sm80_kernel uses no
+//           tensor cores. Scratch for a float32 x, rounded, past 64 tokens.
 // Source:   model card section 2; block quantisation as in Dettmers et al. 2022, section 2.
 #pragma once
 
@@ -28,6 +33,9 @@ namespace mxmoe {
 struct LinearWeights {
   Tensor weight, scales, bias;
 };
+// Return the out_features of each layer.
+int64_t check_linear(const Tensor& x, const LinearWeights& w, const Tensor& residual, const Tensor& y);
+std::vector<int64_t> check_linear_group(const Tensor& x, const std::vector<LinearWeights>& layers, const Tensor& y);
 void linear(const Tensor& x, const LinearWeights& w, Activations activations, const Tensor& residual,
             const Tensor& y);
 void linear_group(const Tensor& x, const std::vector<LinearWeights>& layers, Activations activations,
@@ -63,5 +71,13 @@ struct LinearKernels {
 extern const LinearKernels linear_scalar, linear_avx2, linear_avx512;
 // With VNNI and BF16 dot products.
 extern const LinearKernel linear_bf16_bf16_avx512x, linear_bf16_int8_avx512x, linear_int8_int8_avx512x;
+
+namespace cuda {
+class Stream;
+void linear(Stream& stream, const Tensor& x, const LinearWeights& w, Activations activations, const Tensor& residual,
+            const Tensor& y);
+void linear_group(Stream& stream, const Tensor& x, const std::vector<LinearWeights>& layers, Activations activations,
+                  const Tensor& y);
+}  // namespace cuda
 
 }  // namespace mxmoe

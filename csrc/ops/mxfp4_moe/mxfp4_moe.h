@@ -19,6 +19,11 @@
 // Calls:    y may be residual itself; no other overlap; (expert x weight rows) are spread over threads; scratch for
 //           num_tokens * experts_per_token rows; a row's bits depend on that row alone, within one instruction set,
 //           and not on whether the weights are packed.
+// CUDA:     weights as stored, at most 1024 experts held; activations float32 or bf16. topk_ids lie on the device: an
+//           id that is not held contributes nothing, be it negative. mxfp4_moe_bf16_mxfp4_sm80_kernel multiplies with
+//           mma.sync, mxfp4_moe_f32_mxfp4_sm80_kernel without tensor cores; a block's sum is multiplied by its scale,
+//           so that no scale is out of range. A row's bits depend on that row alone: tiles of any size sum alike.
+//           Scratch for 2048 tokens at a time.
 // Source:   model card section 2.2; OCP Microscaling v1.0 section 5; gpt_oss/torch/model.py, MLPBlock.
 #pragma once
 
@@ -38,6 +43,9 @@ struct MoeParams {
   int64_t first_expert = 0;
 };
 
+// All but the values of topk_ids.
+void check_mxfp4_moe(const Tensor& x, const Tensor& topk_ids, const Tensor& topk_weights, const MoeWeights& weights,
+                     const MoeParams& params, const Tensor& residual, const Tensor& y);
 void mxfp4_moe(const Tensor& x, const Tensor& topk_ids, const Tensor& topk_weights, const MoeWeights& weights,
                const MoeParams& params, const Tensor& residual, const Tensor& y);
 
@@ -84,5 +92,11 @@ using CombineKernel = void (*)(const CombineRow&);
 void combine_scalar(const CombineRow&);
 void combine_avx2(const CombineRow&);
 void combine_avx512(const CombineRow&);
+
+namespace cuda {
+class Stream;
+void mxfp4_moe(Stream& stream, const Tensor& x, const Tensor& topk_ids, const Tensor& topk_weights,
+               const MoeWeights& weights, const MoeParams& params, const Tensor& residual, const Tensor& y);
+}  // namespace cuda
 
 }  // namespace mxmoe

@@ -3,7 +3,8 @@
 //           scale = 2^(floor(log2(amax)) - 2), codes to nearest, ties to the even code, saturating at 6; a block of
 //           zeros gets scale byte 0. int8_quantize: per block of 32, scale = amax / 127 rounded up to bfloat16,
 //           code = round(x / scale), ties to even. first_not_finite: the place of the first NaN or infinity, or -1.
-// Shapes:   first_not_finite x (n), bfloat16. Else values (rows, k); blocks (rows, k / 32, 16); scales (rows, k / 32); codes (rows, k).
+// Shapes:   values (rows, k); blocks (rows, k / 32, 16); scales (rows, k / 32); codes (rows, k). first_not_finite: x
+//           (n), bfloat16.
 // Dtypes:   values float32 or bfloat16 (the dequantised ones too); blocks, MXFP4 scales uint8; codes int8, their
 //           scales bfloat16. Dequantising is exact but for bfloat16's and float32's range.
 // Layout:   contiguous; the values to quantise may have a row stride. Low nibble first.

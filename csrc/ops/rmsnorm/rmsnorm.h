@@ -7,6 +7,8 @@
 // Calls:    y may be x itself, no other overlap; rows are spread over threads; no scratch; a row's bits
 // depend on
 //           that row alone.
+// CUDA:     rmsnorm_sm80_kernel: a block a row; elements go to threads by their index alone, so that
+//           bits depend on neither the row's address nor its neighbours.
 // Source:   Zhang and Sennrich 2019, equation 4; model card section 2.1.
 #pragma once
 
@@ -14,6 +16,7 @@
 
 namespace mxmoe {
 
+void check_rmsnorm(const Tensor& x, const Tensor& weight, float eps, const Tensor& y);
 void rmsnorm(const Tensor& x, const Tensor& weight, float eps, const Tensor& y);
 
 struct RmsnormRow {
@@ -31,5 +34,10 @@ using RmsnormKernel = void (*)(const RmsnormRow&);
 void rmsnorm_scalar(const RmsnormRow&);
 void rmsnorm_avx2(const RmsnormRow&);
 void rmsnorm_avx512(const RmsnormRow&);
+
+namespace cuda {
+class Stream;
+void rmsnorm(Stream& stream, const Tensor& x, const Tensor& weight, float eps, const Tensor& y);
+}  // namespace cuda
 
 }  // namespace mxmoe

@@ -10,11 +10,19 @@
 // Units:    angles in radians; inv_freq in radians per token.
 // Requires: head_dim even; positions >= 0.
 // Calls:    y may be x itself, no other overlap; tokens are spread over threads; no scratch.
+// CUDA:     rope as above. rope_kv_write: one launch for what decoding does between the projections and attention.
+//           qkv (num_tokens, (num_attention_heads + 2 num_key_value_heads) * head_dim) float32 holds a token's
+//           queries, keys and values, to which bias (that many) or none is added; cos and sin are tables
+//           (max_positions, head_dim / 2) that positions (num_tokens) int64 index; queries go rotated to q
+//           (num_tokens, num_attention_heads, head_dim) float32 or bfloat16, keys rotated and values as they are to
+//           their slots (int64) of a float32 or bfloat16 cache. A slot or position out of range writes nothing, but
+//           for a row of NaN in q. A slot must not be named twice.
 // Source:   Su et al. 2021, section 3.4.2; Peng et al. 2023 (YaRN), sections 3.2 and 3.4; model card
 // section 2.3.
 #pragma once
 
 #include "core/types.h"
+#include "ops/kv_cache/kv_cache.h"
 
 namespace mxmoe {
 
@@ -29,6 +37,7 @@ struct YarnParams {
 double rope_inv_freq(int64_t head_dim, const YarnParams& yarn, double* inv_freq);
 void rope_cos_sin(const Tensor& positions, const Tensor& inv_freq, double scaling, const Tensor& cos,
                   const Tensor& sin);
+void check_rope(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tensor& y);
 void rope(const Tensor& x, const Tensor& cos, const Tensor& sin, const Tensor& y);
 
 struct RopeToken {
@@ -45,5 +54,16 @@ using RopeKernel = void (*)(const RopeToken&);
 void rope_scalar(const RopeToken&);
 void rope_avx2(const RopeToken&);
 void rope_avx512(const RopeToken&);
+
+namespace cuda {
+class Stream;
+void rope(Stream& stream, const Tensor& x, const Tensor& cos, const Tensor& sin, const Tensor& y);
+
+struct RopeTables {
+  Tensor cos, sin, positions;
+};
+void rope_kv_write(Stream& stream, const Tensor& qkv, const Tensor& bias, const RopeTables& tables,
+                   const Tensor& slots, const KvCache& cache, const Tensor& q);
+}  // namespace cuda
 
 }  // namespace mxmoe

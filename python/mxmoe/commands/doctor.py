@@ -29,6 +29,16 @@ def run() -> dict[str, Any]:
     }
 
 
+def _cuda_line(cuda: dict[str, Any]) -> str:
+    if not cuda["built"]:
+        return f"CUDA: {cuda['problem']}"
+    built = f"CUDA: built with {cuda['runtime']} for {', '.join(cuda['architectures'])}"
+    if cuda["problem"]:
+        return f"{built}; cannot run here: {cuda['problem']}"
+    devices = ", ".join(f"{d['name']} ({d['total_bytes'] / 2**30:.0f} GiB)" for d in cuda["devices"])
+    return f"{built}; driver {cuda['driver']}; {devices}"
+
+
 def show(result: dict[str, Any]) -> None:
     """Print the same for people."""
     console = Console()
@@ -39,6 +49,7 @@ def show(result: dict[str, Any]) -> None:
         f"{', '.join(result['available_isas'])}",
         highlight=False,
     )
+    console.print(_cuda_line(result["cuda"]), highlight=False)
     table = Table("op", "kernel", "why")
     for kernel in result["kernels"]:
         table.add_row(kernel["op"], kernel["kernel"], kernel["why"])

@@ -1,0 +1,112 @@
+// The functions of ptx.cuh on the host, from the same sections of the PTX ISA.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "core/types.h"
+#include "cuda/emulation/block.h"
+
+namespace mxmoe {
+namespace ptx {
+
+inline unsigned char* dynamic_shared() { return emulation::dynamic_shared(); }
+
+inline void cp_async_16(void* shared, const void* global, bool valid) {
+  emulation::async_copy(shared, global, 16, valid);
+}
+inline void cp_async_commit() { emulation::async_commit(); }
+template <int N>
+void cp_async_wait() {
+  emulation::async_wait(N);
+}
+
+namespace detail {
+
+template <bool kTransposed>
+void ldmatrix_x4(uint32_t (&r)[4], const void* row) {
+  emulation::check_shared(row, 16, "ldmatrix");
+  if (reinterpret_cast<uintptr_t>(row) % 16 != 0) emulation::fail("ldmatrix with an address not aligned to 16 bytes");
+  emulation::warp_collective(kTransposed ? "ldmatrix.x4.trans" : "ldmatrix.x4", 0xffffffffu, row, &r,
+                             [](const void* const(&in)[32], void* const(&out)[32]) {
+                               const auto value = [&](int matrix, int i, int j) {
+                                 uint16_t bits;
+                                 std::memcpy(&bits, static_cast<const unsigned char*>(in[8 * matrix + i]) + 2 * j, 2);
+                                 return uint32_t{bits};
+                               };
+                               for (int l = 0; l < 32; ++l) {
+                                 if (out[l] == nullptr) emulation::fail("ldmatrix needs all lanes of a warp");
+                                 auto& to = *static_cast<uint32_t (*)[4]>(out[l]);
+                                 const int g = l / 4, t = l % 4;
+                                 for (int m = 0; m < 4; ++m) {
+                                   to[m] = kTransposed ? value(m, 2 * t, g) | value(m, 2 * t + 1, g) << 16
+                                                       : value(m, g, 2 * t) | value(m, g, 2 * t + 1) << 16;
+                                 }
+                               }
+                             });
+}
+
+struct MmaOperands {
+  uint32_t a[4], b[2];
+};
+
+inline float half_of(uint32_t pair, int which) {
+  return to_float(bf16{static_cast<uint16_t>(which == 0 ? pair & 0xffffu : pair >> 16)});
+}
+
+// Products are exact in double, and so nearly is their sum; a tensor core drops more. One rounding to float32.
+inline void mma_bf16(const void* const (&in)[32], void* const (&out)[32]) {
+  float a[16][16], b[16][8];
+  for (int l = 0; l < 32; ++l) {
+    if (in[l] == nullptr) emulation::fail("mma.sync needs all lanes of a warp");
+    const auto& own = *static_cast<const MmaOperands*>(in[l]);
+    const int g = l / 4, t = l % 4;
+    for (int half = 0; half < 2; ++half) {
+      for (int r = 0; r < 4; ++r) a[g + r % 2 * 8][2 * t + r / 2 * 8 + half] = half_of(own.a[r], half);
+      for (int r = 0; r < 2; ++r) b[2 * t + r * 8 + half][g] = half_of(own.b[r], half);
+    }
+  }
+  for (int l = 0; l < 32; ++l) {
+    auto& c = *static_cast<float (*)[4]>(out[l]);
+    const int g = l / 4, t = l % 4;
+    for (int i = 0; i < 4; ++i) {
+      const int row = g + i / 2 * 8, column = 2 * t + i % 2;
+      double sum = c[i];
+      for (int k = 0; k < 16; ++k) sum += static_cast<double>(a[row][k]) * b[k][column];
+      c[i] = static_cast<float>(sum);
+    }
+  }
+}
+
+}  // namespace detail
+
+inline void ldmatrix_x4(uint32_t (&r)[4], const void* row) { detail::ldmatrix_x4<false>(r, row); }
+inline void ldmatrix_x4_trans(uint32_t (&r)[4], const void* row) { detail::ldmatrix_x4<true>(r, row); }
+
+inline void mma_bf16_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  const detail::MmaOperands operands{{a[0], a[1], a[2], a[3]}, {b0, b1}};
+  emulation::warp_collective("mma.sync.m16n8k16", 0xffffffffu, &operands, &c, detail::mma_bf16);
+}
+
+inline uint32_t pack_bf16(float low, float high) {
+  const auto convert = [](float x) { return std::isnan(x) ? uint32_t{0x7fff} : uint32_t{to_bf16(x).bits}; };
+  return convert(low) | convert(high) << 16;
+}
+
+inline float exp2_approx(float x) {
+  const float y = std::exp2(x);
+  return y < 1.17549435e-38f ? 0.0f : y;  // subnormal results are flushed
+}
+
+inline uint4 load_once_16(const void* p) {
+  if (reinterpret_cast<uintptr_t>(p) % 16 != 0)
+    emulation::fail("ld.global.v4 with an address not aligned to 16 bytes");
+  return *static_cast<const uint4*>(p);
+}
+
+inline void wait_for_previous_kernel() {}
+inline void release_next_kernel() {}
+
+}  // namespace ptx
+}  // namespace mxmoe

@@ -1,0 +1,133 @@
+#include "ops/sink_attention/sink_attention.h"
+
+#include <algorithm>
+
+#include "core/check.h"
+#include "cuda/launch.h"
+#include "ops/sink_attention/sink_attention_mma.cuh"
+#include "ops/sink_attention/sink_attention_simt.cuh"
+
+namespace mxmoe {
+namespace cuda {
+namespace {
+
+using attention::kChunk;
+using attention::kMmaThreads;
+using attention::kMmaWarps;
+using attention::kTileRows;
+using attention::Problem;
+
+// Partial sums are kept for at most this many floats, 64 MiB: past that there is work enough without splitting.
+constexpr int64_t kMaxPartial = int64_t{16} << 20;
+
+// How many tiles there can be of so many rows each, whatever the sequences.
+int64_t max_tiles(const Problem& p, int64_t num_tokens, int rows) {
+  return ceil_div(num_tokens * p.group, rows) + (rows > 1 ? p.num_sequences : 0);
+}
+
+// How many chunks a tile's rows can see.
+int64_t max_chunks(const Problem& p) {
+  const int64_t all = ceil_div(p.max_seq_len, kChunk);
+  if (p.sliding_window == 0) return all;
+  const int64_t tokens = (kTileRows - 1) / p.group + 2;  // rows begin anywhere within a token
+  return std::min(all, ceil_div(p.sliding_window + tokens, kChunk) + 1);
+}
+
+template <int kDim, typename Q, typename Y>
+void launch_mma(Stream& stream, Problem p, int64_t num_tokens) {
+  constexpr size_t kShared = attention::Shape<kDim>::kSharedBytes;
+  const int64_t tiles = max_tiles(p, num_tokens, kTileRows), chunks = max_chunks(p);
+  const int64_t partial = tiles * p.num_kv_heads * chunks * kTileRows * (2 + kDim);
+  const unsigned kv_heads = grid_depth(p.num_kv_heads);
+  // Enough tiles for every multiprocessor's warps need no splitting; a single chunk cannot be split.
+  const int64_t warps = int64_t{device(stream.device()).multiprocessors} * 2 * kMmaWarps;
+  if (chunks > 1 && partial <= kMaxPartial && tiles * p.num_kv_heads < warps) {
+    p.max_chunks = static_cast<int>(chunks);
+    p.partial = static_cast<float*>(
+        stream.workspace(static_cast<size_t>(partial) * sizeof(float), "sink_attention's partial sums"));
+    record_kernel("sink_attention", "sink_attention_bf16_split_sm80_kernel");
+    launch(attention::sink_attention_bf16_split_sm80_kernel<kDim, Q>,
+           dim3(grid_size(tiles), kv_heads, grid_depth(ceil_div(chunks, kMmaWarps))), kMmaThreads, kShared, stream,
+           p);
+    launch(attention::sink_attention_merge_sm80_kernel<kDim, Y>, dim3(grid_size(tiles), kv_heads), kTileRows * kWarp,
+           0, stream, p);
+    return;
+  }
+  record_kernel("sink_attention", "sink_attention_bf16_sm80_kernel");
+  launch(attention::sink_attention_bf16_sm80_kernel<kDim, Q, Y>,
+         dim3(grid_size(ceil_div(tiles, kMmaWarps)), kv_heads), kMmaThreads, kShared, stream, p);
+}
+
+template <typename Q, typename KV, typename Y>
+void launch_simt(Stream& stream, const Problem& p, int64_t num_tokens) {
+  const int64_t tiles = max_tiles(p, num_tokens, 1);
+  record_kernel("sink_attention", "sink_attention_simt_sm80_kernel");
+  launch(attention::sink_attention_simt_sm80_kernel<Q, KV, Y>,
+         dim3(grid_size(ceil_div(tiles, attention::kSimtWarps)), grid_depth(p.num_kv_heads)), attention::kSimtThreads,
+         attention::kSimtWarps * static_cast<size_t>(p.head_dim) * sizeof(float), stream, p);
+}
+
+template <typename Q, typename Y>
+void dispatch(Stream& stream, const Problem& p, int64_t num_tokens, bool cache_f32, bool tensor_cores) {
+  if (tensor_cores && p.head_dim == 64) return launch_mma<64, Q, Y>(stream, p, num_tokens);
+  if (tensor_cores && p.head_dim == 32) return launch_mma<32, Q, Y>(stream, p, num_tokens);
+  if (tensor_cores && p.head_dim == 128) return launch_mma<128, Q, Y>(stream, p, num_tokens);
+  cache_f32 ? launch_simt<Q, float, Y>(stream, p, num_tokens) : launch_simt<Q, bf16, Y>(stream, p, num_tokens);
+}
+
+bool takes_wide_reads(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.data) % 16 == 0; }
+
+Problem describe(const Tensor& q, const KvCache& cache, const Tensor& sinks, const AttentionBatch& batch,
+                 const Tensor& sink_share, const Tensor& y) {
+  Problem p{};
+  p.q = q.data, p.q_stride = q.stride[0];
+  p.y = y.data, p.y_stride = y.stride[0];
+  p.sink_share = sink_share ? sink_share.as<float>() : nullptr;
+  if (sinks.dtype == DType::f32) p.sinks_f32 = sinks.as<float>();
+  if (sinks.dtype == DType::bf16) p.sinks_bf16 = sinks.as<bf16>();
+  p.k = cache.k.data, p.v = cache.v.data;
+  p.cu_seqlens = batch.cu_seqlens.as<int32_t>(), p.seq_lens = batch.seq_lens.as<int32_t>();
+  p.block_table = batch.block_table.as<int32_t>();
+  p.key_starts = batch.key_starts ? batch.key_starts.as<int32_t>() : nullptr;
+  p.num_sequences = static_cast<int>(batch.seq_lens.shape[0]);
+  p.max_blocks = static_cast<int>(batch.block_table.shape[1]);
+  p.num_blocks = static_cast<int>(cache.k.shape[0]), p.block_size = static_cast<int>(cache.k.shape[2]);
+  p.num_heads = static_cast<int>(q.shape[1]), p.num_kv_heads = static_cast<int>(cache.k.shape[1]);
+  p.group = p.num_heads / p.num_kv_heads, p.head_dim = static_cast<int>(q.shape[2]);
+  return p;
+}
+
+}  // namespace
+
+void sink_attention(Stream& stream, const Tensor& q, const KvCache& cache, const Tensor& sinks,
+                    const AttentionBatch& batch, int64_t max_seq_len, float sm_scale, int64_t sliding_window,
+                    Activations activations, const Tensor& sink_share, const Tensor& y) {
+  check_sink_attention(q, cache, sinks, batch, sm_scale, sliding_window, sink_share, y);
+  check_dtype("k_cache", cache.k, {DType::f32, DType::bf16});
+  check_contiguous("k_cache", cache.k);
+  check_contiguous("v_cache", cache.v);
+  const int64_t room = batch.block_table.shape[1] * cache.k.shape[2];
+  constexpr int64_t kMost = int64_t{1} << 30;  // rows and keys are counted in 32 bits
+  check_value(max_seq_len >= 0 && max_seq_len <= std::min(room, kMost), "max_seq_len is ", max_seq_len,
+              "; block_table has room for ", std::min(room, kMost));
+  check_value(q.shape[0] * q.shape[1] <= kMost && cache.k.shape[0] <= kMost, "q has ", q.shape[0],
+              " tokens; wanted fewer");
+  if (q.shape[0] == 0) return;
+  Problem p = describe(q, cache, sinks, batch, sink_share, y);
+  p.sm_scale = sm_scale, p.max_seq_len = static_cast<int>(max_seq_len);
+  p.sliding_window = sliding_window <= kMost ? static_cast<int>(sliding_window) : 0;
+  p.round_rows = activations != Activations::f32 && cache.k.dtype == DType::bf16;
+  const bool cache_f32 = cache.k.dtype == DType::f32;
+  const bool tensor_cores = p.round_rows && takes_wide_reads(cache.k) && takes_wide_reads(cache.v);
+  const int64_t n = q.shape[0];
+  if (q.dtype == DType::f32) {
+    y.dtype == DType::f32 ? dispatch<float, float>(stream, p, n, cache_f32, tensor_cores)
+                          : dispatch<float, bf16>(stream, p, n, cache_f32, tensor_cores);
+  } else {
+    y.dtype == DType::f32 ? dispatch<bf16, float>(stream, p, n, cache_f32, tensor_cores)
+                          : dispatch<bf16, bf16>(stream, p, n, cache_f32, tensor_cores);
+  }
+}
+
+}  // namespace cuda
+}  // namespace mxmoe

@@ -1,0 +1,227 @@
+"""sink_attention on a GPU against float64, torch and itself."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from attention_case import make, padded_left, torch_attention
+from compare import assert_close, assert_exact
+from cuda_helpers import down, poisoned_up, up
+from mxmoe import cuda, ops
+from mxmoe.reference import ops as reference
+from op_helpers import FLOATS
+
+# The cache's dtype and whether queries and weights are rounded, as in attention_case.
+MODES = ["float32", "bfloat16", "bfloat16/bf16"]
+SPLIT, WHOLE = "sink_attention_bf16_split_sm80_kernel", "sink_attention_bf16_sm80_kernel"
+SIMT = "sink_attention_simt_sm80_kernel"
+RAGGED = [(0, 0), (3, 3), (0, 5), (1, 70), (33, 33), (5, 200), (1, 1), (0, 0), (17, 90)]
+
+
+def run(case, dtype="float32", **changes: Any):
+    """The case on the GPU, its result poisoned beforehand."""
+    names = ("k_cache", "v_cache", "sinks")
+    kwargs = case.kwargs | changes
+    arrays = {name: up(kwargs.pop(name)) for name in names}
+    scales = kwargs.pop("k_scales", None), kwargs.pop("v_scales", None)
+    assert scales == (None, None)
+    out = poisoned_up(case.q.shape, FLOATS[dtype])
+    if "max_seq_len" not in kwargs:
+        kwargs["max_seq_len"] = max((length for _, length in case.sequences), default=0)
+    attend = cuda.sink_attention
+    attend(up(case.q), **arrays, **kwargs, out=out)
+    return down(out)
+
+
+def check(got, case, dtype="float32"):
+    exact = replace(case, q=case.rounded_q)
+    want = exact.run(reference.sink_attention)
+    magnitudes = exact.run(reference.sink_attention, v_cache=np.abs(case.kwargs["v_cache"]))
+    scale = np.sqrt(np.mean(magnitudes**2, axis=-1, keepdims=True))
+    coarsest = "bfloat16" if case.rounds else dtype
+    baseline = torch_attention(case, dtype)[0]
+    assert_close(got, want, baseline=baseline, dtype=coarsest, out_dtype=dtype, scale=scale)
+
+
+@pytest.mark.parametrize("head_dim", [1, 7, 16, 32, 33, 64, 80, 128, 256])
+@pytest.mark.parametrize("mode", MODES)
+def test_any_head_dim(gpu, head_dim, mode):
+    case = make([(3, 70), (1, 9)], head_dim=head_dim, kv_dtype=mode)
+    check(run(case), case)
+    tensor_cores = mode == "bfloat16/bf16" and head_dim in (32, 64, 128)
+    assert (gpu.last_kernels()["sink_attention"] == SIMT) != tensor_cores
+
+
+@pytest.mark.parametrize("heads", [(1, 1), (3, 3), (4, 2), (8, 1), (6, 2), (17, 1), (64, 8)])
+@pytest.mark.parametrize("window", [None, 20])
+@pytest.mark.parametrize("mode", MODES[::2])
+def test_any_number_of_heads(gpu, heads, window, mode):
+    case = make([(3, 70), (7, 30)], heads, 32, kv_dtype=mode, window=window)
+    check(run(case), case)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("q_dtype", FLOATS)
+@pytest.mark.parametrize("y_dtype", FLOATS)
+@pytest.mark.parametrize("sinks_dtype", FLOATS)
+@pytest.mark.parametrize("length", [40, 300])
+def test_any_dtypes(gpu, mode, q_dtype, y_dtype, sinks_dtype, length):
+    case = make([(2, length)], (8, 2), 32, mode, q_dtype, sinks_dtype)
+    check(run(case, y_dtype), case, y_dtype)
+
+
+@pytest.mark.parametrize("mode", MODES[::2])
+@pytest.mark.parametrize("window", [None, 1, 2, 31, 32, 33, 127, 128, 129, 300, 2**31, 2**62])
+@pytest.mark.parametrize("new", [1, 20])
+def test_any_window(gpu, window, new, mode):
+    case = make([(new, 300)], (2, 1), 32, kv_dtype=mode, window=window)
+    check(run(case), case)
+
+
+@pytest.mark.parametrize("mode", MODES[::2])
+@pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 64, 127, 128, 129, 257, 520])
+@pytest.mark.parametrize("new", [1, 3])
+def test_any_length(gpu, length, new, mode):
+    case = make([(min(new, length), length)] * 2, (4, 1), 32, mode)
+    check(run(case), case)
+
+
+@pytest.mark.parametrize("block_size", [1, 16, 65, 300])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("window", [None, 33])
+def test_ragged_batches_on_any_pages(gpu, block_size, mode, window):
+    case = make(RAGGED, head_dim=32, kv_dtype=mode, window=window, block_size=block_size)
+    check(run(case), case)
+
+
+@pytest.mark.parametrize("mode", MODES[::2])
+@pytest.mark.parametrize("window", [None, 50])
+def test_sink_share(gpu, mode, window):
+    case = make([(3, 30), (2, 300)], head_dim=32, kv_dtype=mode, window=window)
+    share = poisoned_up(case.q.shape[:2])
+    got = run(case, sink_share=share)
+    assert_exact(got, run(case))
+    want = np.empty(case.q.shape[:2])
+    reference.sink_attention(case.rounded_q, **case.kwargs, sink_share=want)
+    coarsest = "bfloat16" if case.rounds else "float32"
+    baseline = torch_attention(case)[1]
+    assert_close(down(share), want, baseline=baseline, dtype=coarsest, out_dtype="float32", scale=1.0)
+
+
+@pytest.mark.parametrize("mode", MODES[::2])
+@pytest.mark.parametrize("sink", [-np.inf, -30.0, 30.0, 1e30])
+@pytest.mark.parametrize("sm_scale", [0.0, 1.0, -1.0])
+def test_sinks_and_scores_of_any_size(gpu, mode, sink, sm_scale):
+    case = replace(make([(2, 200)], head_dim=32, kv_dtype=mode), sm_scale=sm_scale)
+    case.sinks[:] = sink
+    check(run(case), case)
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("window", [None, 40])
+def test_bits_do_not_depend_on_split_pages_and_company(gpu, mode, window):
+    length = 150
+    case = make([(length, length), (3, 290)], (4, 2), 32, mode, window=window)
+    want = run(case)
+    for size in (1, 7, 64):
+        start = length - 2 * size
+        for begin in range(start, length, size):
+            part = case.tail(0, begin, begin + size)
+            assert_exact(run(part), want[begin : begin + size])
+    assert_exact(run(case.tail(1, 287, 290)), want[length:])
+    for block_size, seed in ((1, 1), (64, 2)):
+        assert_exact(run(replace(case, block_size=block_size, page_seed=seed)), want)
+    assert_exact(run(case, max_seq_len=None), want)
+
+
+def test_split_and_whole_give_the_same_bits(gpu):
+    # Many sequences are enough work without splitting; each alone is not.
+    sequences = [(1, 200 + i) for i in range(40)]
+    case = make(sequences, (2, 1), 32, "bfloat16/bf16", block_size=64)
+    many = make(sequences * 30, (2, 1), 32, "bfloat16/bf16") if gpu.status().devices[0].multiprocessors > 16 else case
+    want = run(many)
+    assert gpu.last_kernels()["sink_attention"] == WHOLE
+    for b in (0, 17, 39):
+        length = many.sequences[b][1]
+        assert_exact(run(many.tail(b, length - 1, length)), want[b : b + 1])
+        assert gpu.last_kernels()["sink_attention"] == SPLIT
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_keys_of_missing_blocks_are_not_seen(gpu, mode):
+    case = make([(1, 64)], head_dim=32, kv_dtype=mode, block_size=16)
+    table = case.kwargs["block_table"].copy()
+    table[0, 1], table[0, 2] = -1, 10**6
+    seen = make([(1, 32)], head_dim=32, kv_dtype=mode, block_size=16)
+    keep = np.r_[0:16, 48:64]
+    seen = replace(
+        seen,
+        q=case.q,
+        keys=[replace(case.keys[0], values=case.keys[0].values[keep])],
+        values=[replace(case.values[0], values=case.values[0].values[keep])],
+        sinks=case.sinks,
+    )
+    check(run(case, block_table=table), seen)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_broken_value_reaches_nobody_who_does_not_see_it(gpu, mode):
+    case = make([(1, 100), (1, 60)], head_dim=32, kv_dtype=mode, window=30)
+    want = run(case)
+    for stored in (case.keys, case.values):
+        stored[0].values[60] = np.nan  # before the first sequence's window
+    assert_exact(run(case), want)
+    case.values[0].values[99] = np.nan
+    got = run(case)
+    assert np.isnan(got[0]).all()
+    assert_exact(got[1:], want[1:])
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("window", [None, 33])
+def test_padding_before_the_first_key_is_not_felt(gpu, mode, window):
+    case = make([(3, 3), (20, 20), (5, 90), (1, 1), (0, 4)], head_dim=32, kv_dtype=mode, window=window)
+    case.sinks[1] = -np.inf
+    q, kwargs, own = padded_left(case, [0, 1, 64, 210, 9])
+    want_share, share = poisoned_up(case.q.shape[:2]), poisoned_up(q.shape[:2])
+    want = run(case, sink_share=want_share)
+    arrays = {name: up(kwargs.pop(name)) for name in ("k_cache", "v_cache", "sinks")}
+    out = poisoned_up(q.shape)
+    ops.sink_attention(up(q), **arrays, **kwargs, sink_share=share, out=out)
+    got, share = down(out), down(share)
+    assert_exact(got[own], want)
+    assert_exact(share[own], down(want_share))
+    assert_exact(got[~own], np.zeros_like(got[~own]))
+    assert_exact(share[~own], np.tile(np.array([1, 0, 1, 1], np.float32), ((~own).sum(), 1)))
+
+
+def test_ops_dispatches_by_the_arrays(gpu):
+    case = make([(2, 40)], head_dim=32, kv_dtype="bfloat16/bf16")
+    arrays = {name: up(value) for name, value in case.kwargs.items() if isinstance(value, np.ndarray)}
+    rest = {name: value for name, value in case.kwargs.items() if not isinstance(value, np.ndarray)}
+    assert_exact(down(ops.sink_attention(up(case.q), **arrays, **rest)), run(case))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"sm_scale": np.nan}, "sm_scale is nan"),
+        ({"sliding_window": -1}, "sliding_window is -1"),
+        ({"max_seq_len": 10**6}, "max_seq_len is 1000000; block_table has room for"),
+        ({"cu_seqlens": [0, 1, 2]}, r"cu_seqlens has shape \(3,\)"),
+        ({"activations": "fp8"}, "activations is 'fp8'"),
+        ({"seq_lens": [2**40]}, "seq_lens holds values beyond int32"),
+        ({"k_scales": np.ones(1)}, "int8 caches are for the CPU"),
+    ],
+)
+def test_bad_arguments(gpu, changes, message):
+    case = make([(2, 40)], head_dim=32, kv_dtype="bfloat16/bf16")
+    kwargs = case.kwargs | changes
+    for name in ("k_cache", "v_cache", "sinks"):
+        kwargs[name] = up(kwargs[name])
+    with pytest.raises(ValueError, match=message):
+        cuda.sink_attention(up(case.q), **kwargs)
