@@ -244,6 +244,16 @@ inline void multiply_tile(const bf16* a, const uint32_t* b, int64_t num_pairs, A
   }
 }
 
+// vpdpbusd. Around the intrinsic GCC copies every accumulator of the loop below, and spills some.
+inline __m512i dot_quads(__m512i acc, __m512i raised, __m512i quad) {
+#if defined(__GNUC__)
+  __asm__("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(raised), "v"(quad));
+  return acc;
+#else
+  return _mm512_dpbusd_epi32(acc, raised, quad);
+#endif
+}
+
 // acc[r][n] += sum of quads q[r][i] . k[i][16 n, 16 n + 16) over i.
 template <int64_t kStrideQ>
 inline void add_quads(const int8_t* q, const uint32_t* k, int64_t num_quads, Ahead& ahead,
@@ -255,8 +265,7 @@ inline void add_quads(const int8_t* q, const uint32_t* k, int64_t num_quads, Ahe
     for (int r = 0; r < kTile; ++r) {
       int32_t quad;
       std::memcpy(&quad, q + r * kStrideQ + 4 * i, sizeof quad);
-      for (int n = 0; n < kVectors; ++n)
-        acc[r][n] = _mm512_dpbusd_epi32(acc[r][n], lanes[n], _mm512_set1_epi32(quad));
+      for (int n = 0; n < kVectors; ++n) acc[r][n] = dot_quads(acc[r][n], lanes[n], _mm512_set1_epi32(quad));
     }
   }
 }
