@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import torch_cases as cases
 from compare import assert_exact
-from mxmoe import ops
+from mxmoe import cuda, ops
 from mxmoe.integrations import _torch_ops
 from mxmoe.integrations import torch as mx
 from torch_cases import dense_arguments, linear_arguments, moe_arguments, normal, paged_arguments
@@ -432,12 +432,16 @@ def test_errors(name, changes, error, message):
         function_of(name)(**(arguments | changes(arguments)))
 
 
-def test_other_devices_are_an_error():
-    with (
-        FakeTensorMode(),
-        pytest.raises(ValueError, match=r"a tensor is on cuda:0; mxmoe has kernels for .* CPU memory"),
-    ):
+def test_devices(monkeypatch):
+    with pytest.raises(ValueError, match="a tensor is on meta; wanted the CPU or a CUDA device"):
+        _torch_ops._backend(torch.empty(3, device="meta"))
+    monkeypatch.setattr(cuda, "problem", lambda: "no NVIDIA driver is installed")
+    says = "a tensor is on cuda:0, where mxmoe cannot compute: no NVIDIA driver is installed"
+    with FakeTensorMode(), pytest.raises(ValueError, match=says):
         _torch_ops._backend(torch.empty(3, device="cuda:0"))
+    monkeypatch.setattr(cuda, "problem", lambda: None)
+    with FakeTensorMode():
+        assert _torch_ops._backend(torch.empty(3, device="cuda:0")) is ops  # which knows where an array lies
 
 
 BLOCKED = """

@@ -221,7 +221,7 @@ def _sink_attention_bhsd(
     _check_dense(q, k, v)
     block_table, cu_seqlens, seq_lens, starts = _paged(q, k, key_starts, key_ends)
     batch, heads, queries, head_dim = q.shape
-    out = torch.empty((batch, queries, heads, head_dim), dtype=q.dtype)
+    out = q.new_empty((batch, queries, heads, head_dim))
     if out.numel() == 0:
         return out
     backend.sink_attention(

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mxmoe import ops
+from mxmoe import cuda, ops
 from mxmoe.integrations import _torch_grad as gradients
 
 __all__: list[str] = []
@@ -38,9 +38,13 @@ class PairOp(Protocol):
 
 def _backend(tensor: Tensor) -> Any:
     """Find the kernels for the memory a tensor lies in: the one place that knows devices."""
-    if tensor.device.type == "cpu":
-        return ops
-    raise ValueError(f"a tensor is on {tensor.device}; mxmoe has kernels for torch tensors in CPU memory only")
+    kind = tensor.device.type
+    if kind not in ("cpu", "cuda"):
+        raise ValueError(f"a tensor is on {tensor.device}; wanted the CPU or a CUDA device")
+    problem = cuda.problem() if kind == "cuda" else None
+    if problem is not None:
+        raise ValueError(f"a tensor is on {tensor.device}, where mxmoe cannot compute: {problem}")
+    return ops
 
 
 def _given(name: str, tensor: Tensor) -> Tensor:

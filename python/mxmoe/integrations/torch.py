@@ -12,9 +12,10 @@ rounded. What is added here:
   since a copy of those would cost more than it is worth. Small integer arrays may be int32 or int64.
 - `sink_attention_bhsd` is attention on ordinary (batch, heads, sequence, head_dim) tensors.
 
-PyTorch 2.4 or newer. Tensors lie in CPU memory and are float32 or bfloat16; float16 is a TypeError, since no kernel
-computes in it and a conversion would better be seen. Other errors are those of `mxmoe.ops`, and a ValueError where a
-gradient is asked for that there is none of.
+PyTorch 2.4 or newer. Tensors lie in CPU memory, or on a CUDA device for what `mxmoe.cuda` has (on torch's current
+stream; gradients of experts and attention are computed on the CPU alone). They are float32 or bfloat16; float16 is a
+TypeError, since no kernel computes in it and a conversion would better be seen. Other errors are those of `mxmoe.ops`
+and a ValueError where a gradient is asked for that there is none of.
 
 The file is long because every op's contract stands in its docstring.
 """
