@@ -69,7 +69,12 @@ class Models:
         if not decode:
             return lambda: forward(self.ids, transformers.DynamicCache(config=model.config))
         cache = transformers.DynamicCache(config=model.config)
+        chosen = model.config._experts_implementation
+        if chosen == "batched_mm":  # which would copy the experts of every token of the prompt
+            model.set_experts_implementation("grouped_mm")
         forward(self.ids[:, :DEPTH], cache)
+        if chosen == "batched_mm":
+            model.set_experts_implementation(chosen)
         return lambda: forward(self.ids[:, DEPTH : DEPTH + 1], cache)
 
     def native(self, decode: bool) -> Call:

@@ -197,6 +197,19 @@ def test_inference_mode(name):
             assert_exact(got, expected)
 
 
+def test_calls_that_nobody_watches_reach_the_kernel_at_once(monkeypatch):
+    arguments = linear_arguments("bfloat16")
+    with torch.autograd.profiler.profile() as profile:
+        want = mx.linear(**arguments)
+    assert "mxmoe::linear" in {event.name for event in profile.function_events}
+    monkeypatch.setattr(_torch_ops.linear, "_operator", None)
+    assert_exact(mx.linear(**arguments), want)
+    with pytest.raises(TypeError):  # None is no operator
+        mx.linear(**{**arguments, "x": arguments["x"].requires_grad_()})
+    with torch.no_grad():
+        assert_exact(mx.linear(**arguments), want)
+
+
 @every_call
 def test_same_bits_as_on_arrays(name):
     if op_name(name) == "sink_attention_bhsd":

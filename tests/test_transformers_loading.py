@@ -136,6 +136,31 @@ def test_dense_layers_of_bfloat16_models(first: Case) -> None:
         load_mxmoe(first.path, dense="mxmoe")
 
 
+def test_torch_rests_while_decoding(first: Case) -> None:
+    model, seen = load_mxmoe(first.path), []
+    before = torch.get_num_threads()
+
+    def look(*_: Any) -> None:
+        seen.append(torch.get_num_threads())
+
+    hook = model.model.layers[0].register_forward_hook(look)
+    torch.set_num_threads(3)
+    try:
+        with torch.no_grad():
+            for ids in (torch.ones(1, 1), torch.ones(2, 8), torch.ones(17, 1), torch.ones(1, 40)):
+                model(ids.long())
+                model(input_ids=ids.long())
+                model(inputs_embeds=torch.zeros(*ids.shape, model.config.hidden_size))
+                assert torch.get_num_threads() == 3
+        hook.remove()
+        assert seen == [1] * 6 + [3] * 6
+        with pytest.raises(IndexError):
+            model(torch.full((1, 1), 1 << 40))
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 def edited(case: Case, folder: Path, edit: Any) -> Path:
     shutil.copytree(case.path, folder)
     weights = tensors(folder)

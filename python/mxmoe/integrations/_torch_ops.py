@@ -95,6 +95,41 @@ def _no_tensor(*_: Any) -> None:
     """Stand in for an operator that only writes."""
 
 
+_PLAIN = frozenset({Tensor, torch.nn.Parameter})
+
+
+def _watched() -> bool:
+    """Whether others want to know of a call: a compiler, a tracer, a transform, a mode, a profiler."""
+    return bool(
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+        or torch._C._autograd._profiler_enabled()
+    )
+
+
+class _Operator:
+    """A torch operator, passed by where only its kernel matters: torch's way there is longer than a small kernel."""
+
+    def __init__(self, operator: Any, kernel: Callable[..., Any]) -> None:
+        self._operator, self._kernel = operator, kernel
+
+    def __call__(self, *args: Any) -> Any:
+        if _watched():
+            return self._operator(*args)
+        grad = torch.is_grad_enabled()
+        for x in args:
+            for tensor in x if type(x) is list else (x,):
+                if isinstance(tensor, Tensor) and (type(tensor) not in _PLAIN or (grad and tensor.requires_grad)):
+                    return self._operator(*args)
+        return self._kernel(*args)
+
+    def register_autograd(self, backward: Any, /, *, setup_context: Any) -> None:
+        self._operator.register_autograd(backward, setup_context=setup_context)
+
+
 def _define(
     name: str,
     inputs: str,
@@ -118,7 +153,7 @@ def _define(
         names = [part.split()[-1] for part in written.split(",")]
         out = torch.library.custom_op(f"mxmoe::{name}_out", write, mutates_args=names, schema=schema)
         out.register_fake(_no_tensor)
-    return operator
+    return _Operator(operator, kernel)
 
 
 def _define_backward(name: str, inputs: str, result: str, kernel: Callable[..., Any], like: tuple[int, ...]) -> Any:

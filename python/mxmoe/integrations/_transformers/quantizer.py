@@ -13,6 +13,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mxmoe.integrations._transformers.modules import MATRICES, Linear, Mxfp4Experts, Panels
+from mxmoe.integrations._transformers.threads import rest_while_decoding
 from mxmoe.ops import Activations
 
 __all__ = ["MxmoeConfig", "MxmoeQuantizer", "register_quantization"]
@@ -155,6 +156,7 @@ class MxmoeQuantizer(HfQuantizer):
                 module.pack()
                 for tensor in stored:
                     _page_out(tensor)
+        rest_while_decoding(model)
         return model
 
     def _check(self, name: str, experts: Mxfp4Experts) -> None:
