@@ -8,7 +8,9 @@ An op that writes into ``out`` is a second operator, ``<op>_out``, which has no 
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
@@ -36,12 +38,20 @@ class PairOp(Protocol):
     def register_autograd(self, backward: Any, /, *, setup_context: Any) -> None: ...
 
 
+# The ops as they are behind the question where an array lies, which `_backend` has answered.
+_CPU = SimpleNamespace(
+    **{name: inspect.unwrap(getattr(ops, name)) for name in ops.__all__ if name not in ("isa", "num_threads")}
+)
+
+
 def _backend(tensor: Tensor) -> Any:
     """Find the kernels for the memory a tensor lies in: the one place that knows devices."""
     kind = tensor.device.type
-    if kind not in ("cpu", "cuda"):
+    if kind == "cpu":
+        return _CPU
+    if kind != "cuda":
         raise ValueError(f"a tensor is on {tensor.device}; wanted the CPU or a CUDA device")
-    problem = cuda.problem() if kind == "cuda" else None
+    problem = cuda.problem()
     if problem is not None:
         raise ValueError(f"a tensor is on {tensor.device}, where mxmoe cannot compute: {problem}")
     return ops
@@ -51,7 +61,7 @@ def _given(name: str, tensor: Tensor) -> Tensor:
     """Pass on what must be as the op wants it: weights, caches and outputs are never copied in secret."""
     if tensor.dtype == torch.float16:
         raise TypeError(f"{name} has dtype float16; wanted float32 or bfloat16")
-    return tensor.detach()
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 def _optional(name: str, tensor: Tensor | None) -> Tensor | None:
