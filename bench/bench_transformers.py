@@ -2,7 +2,8 @@
 
 The peers are transformers' eager attention, the only one it has for gpt-oss on a CPU, with each of its ways to run
 experts on decoded weights, and `mxmoe.load` without transformers. Decoding goes on from 512 tokens, whose cache grows
-as it is timed. `batched_mm` copies the weights of every token's experts, so it is not asked for prompts.
+as it is timed. `batched_mm` copies the weights of every token's experts, so it is not asked for prompts. "int8" is
+the backend with ``MxmoeConfig(activations="int8")`` beside the same peer.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ DEPTH = 512
 SHAPES = [
     Shape("20b", phase, peer, full=peer == "eager")
     for phase, peers in (
-        ("prefill 2048", ("grouped_mm", "eager", "native")),
+        ("prefill 2048", ("grouped_mm", "grouped_mm, int8", "eager", "native")),
         ("decode", ("grouped_mm", "batched_mm", "eager", "native")),
     )
     for peer in peers
@@ -46,12 +47,17 @@ class Models:
         backend.register()
         self.folder, self.config = folder, config
         self.ids = torch.from_numpy(np.random.default_rng(0).integers(0, VOCABULARY, (1, 2048)))
-        self.ours = self._load(backend.MxmoeConfig(), "mxmoe")
+        self._ours: dict[Any, Any] = {}
         self._decoded: Any = None
 
     def _load(self, quantization: Any, attention: str) -> Any:
         options = {"quantization_config": quantization, "attn_implementation": attention, "dtype": torch.bfloat16}
         return transformers.AutoModelForCausalLM.from_pretrained(self.folder, **options)
+
+    def ours(self, activations: Any) -> Any:
+        if activations not in self._ours:
+            self._ours[activations] = self._load(backend.MxmoeConfig(activations), "mxmoe")
+        return self._ours[activations]
 
     def decoded(self, experts: str) -> Any:
         if self._decoded is None:
@@ -124,12 +130,11 @@ def check(ours: Call, peer: Call) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def bench_transformers(shape: Shape, models: Models, bench: Callable[[Work], object]) -> None:
-    decode, peer = shape.phase == "decode", shape.what
-    ours = models.of_torch(models.ours, decode)
+    decode, (peer, _, activations) = shape.phase == "decode", shape.what.partition(", ")
+    ours = models.of_torch(models.ours(activations or None), decode)
     theirs = models.native(decode) if peer == "native" else models.of_torch(models.decoded(peer), decode)
     name = "mxmoe alone" if peer == "native" else f"transformers, {peer}"
     nbytes, operations = costs(models.config, PHASES[shape.phase])
     peers = Peer(name, [theirs])
-    bench(
-        Work("transformers", str(shape), [ours], nbytes, operations, "bf16", lambda: check(ours, theirs), peers)
-    )  # fmt: skip
+    kind: Literal["bf16", "int8"] = "int8" if activations == "int8" else "bf16"
+    bench(Work("transformers", str(shape), [ours], nbytes, operations, kind, lambda: check(ours, theirs), peers))

@@ -154,6 +154,38 @@ def test_what_cannot_be_done_is_said() -> None:
         peft.get_peft_model(load_mxmoe(TINY), lora(use_dora=True, target_modules=["experts"], target_parameters=None))
 
 
+@pytest.mark.parametrize("safe", [False, True])
+def test_attention_s_adapters_merge_into_packed_layers(safe: bool) -> None:
+    ids, merged = torch.arange(20)[None], []
+    for dense in ("torch", "mxmoe"):
+        config = lora(target_modules=["q_proj", "o_proj"], target_parameters=None)
+        base = load_mxmoe(TINY, dtype=torch.bfloat16, dense=dense)
+        model = randomized(base, config).eval()
+        before = logits_of(model, ids)
+        whole = model.merge_and_unload(safe_merge=safe)
+        assert not any("lora" in name for name, _ in whole.named_parameters())
+        rows = zip(logits_of(whole, ids), before, strict=True)
+        # The sum is rounded to bfloat16, and a router's near tie may fall the other way.
+        assert np.median([np.corrcoef(*pair)[0, 1] for pair in rows]) > 0.98
+        merged.append(whole.state_dict())
+    assert merged[0].keys() == merged[1].keys()
+    for name, want in merged[0].items():
+        assert torch.equal(merged[1][name], want), name
+
+
+def test_merging_can_be_taken_back() -> None:
+    model = randomized(
+        load_mxmoe(TINY, dtype=torch.bfloat16), lora(target_modules=["k_proj"], target_parameters=None)
+    )
+    layer = model.base_model.model.model.layers[0].self_attn.k_proj
+    stored = layer.base_layer.state_dict()["weight"].clone()
+    model.merge_adapter()
+    assert not torch.equal(layer.base_layer.state_dict()["weight"], stored)
+    logits_of(model, torch.arange(20)[None])  # packs
+    model.unmerge_adapter()
+    torch.testing.assert_close(layer.base_layer.state_dict()["weight"], stored, rtol=2**-7, atol=2**-9)
+
+
 def test_without_its_adapter_the_model_is_the_base() -> None:
     ids = torch.arange(20)[None]
     want = logits_of(load_mxmoe(TINY).eval(), ids)

@@ -24,9 +24,9 @@ from peft import LoraConfig
 from peft.tuners.lora import Linear as LoraLinear
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
-from mxmoe.integrations._transformers.modules import Mxfp4Experts
+from mxmoe.integrations._transformers.modules import Linear, Mxfp4Experts
 
-__all__ = ["ExpertsLora", "with_experts"]
+__all__ = ["DenseLora", "ExpertsLora", "with_experts"]
 
 # The others that PEFT has begin by changing the weight beside which they stand.
 _INITS = (True, False, "gaussian", "orthogonal")
@@ -67,8 +67,27 @@ class ExpertsLora(LoraLinear):  # type: ignore[misc]
         return y
 
 
+class DenseLora(LoraLinear):  # type: ignore[misc]
+    """A low-rank adapter beside a dense layer that may be held by panels; PEFT makes it, see `with_experts`.
+
+    It is merged into the stored form, which the next forward packs again.
+    """
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Add the adapter to the weight, in bfloat16; arguments as PEFT's."""
+        self.get_base_layer().unpack()
+        super().merge(safe_merge, adapter_names)
+
+    def unmerge(self) -> None:
+        """Take merged adapters off the weight again, in bfloat16."""
+        self.get_base_layer().unpack()
+        super().unmerge()
+
+
 def with_experts(config: LoraConfig) -> LoraConfig:
     """Let a configuration's ``target_modules`` name ``"experts"``, packed or of transformers' own kind.
+
+    Adapters beside dense layers can then be merged, too (PEFT alone does not know the packed form).
 
     PEFT does not store this: say it again where a saved configuration is read.
 
@@ -94,5 +113,5 @@ def with_experts(config: LoraConfig) -> LoraConfig:
     if config.init_lora_weights not in _INITS:
         wanted = ", ".join(map(repr, _INITS))
         raise ValueError(f"init_lora_weights is {config.init_lora_weights!r}; wanted one of {wanted}")
-    config._register_custom_module({Mxfp4Experts: ExpertsLora, GptOssExperts: ExpertsLora})
+    config._register_custom_module({Mxfp4Experts: ExpertsLora, GptOssExperts: ExpertsLora, Linear: DenseLora})
     return config
