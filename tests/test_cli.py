@@ -251,7 +251,13 @@ def test_ctrl_c_ends_at_once_without_a_traceback(tmp_path: Path) -> None:
     folder = write(tmp_path / "m", **SMALL)
     byte_tokenizer(SMALL["vocab_size"]).save(str(folder / "tokenizer.json"))
     command = [*COMMAND, "generate", "-m", str(folder), "--raw", "-p", "x", "-n", "100000", "--temperature", "1"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        # Shells start what runs in the background, such as these tests, deaf to this signal.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     assert process.stdout is not None and process.stderr is not None
     process.stdout.read(20)  # it is generating now
     begin = time.monotonic()
