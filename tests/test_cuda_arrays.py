@@ -102,7 +102,7 @@ def test_no_room_says_how_much_for_what(emulation):
     with pytest.raises(MemoryError, match=r"no room for the weights: wanted 16.00 MiB, free 1?\d.\d\d MiB of 10.00"):
         cuda.empty((4 << 20,), "float32", "the weights")
     arena = emulation.Arena(4 << 20, "the model")
-    arena.empty([1 << 20], "uint8", "a")
+    arena.empty([1 << 19], "uint8", "a")
     with pytest.raises(MemoryError, match=r"no room for layer 3 \(the model has 4.00 MiB already\): wanted 9.00 MiB"):
         arena.empty([9 << 20], "uint8", "layer 3")
 
@@ -332,6 +332,76 @@ def test_arenas_hand_out_pieces_that_live_as_long_as_any(gpu):
     del arena
     gc.collect()
     assert all((down(array) == i).all() for i, array in enumerate(arrays))
+
+
+def test_large_pieces_leave_no_chunk_half_empty(gpu):
+    arena = gpu.Arena(64 << 10, "test")
+    sizes = [1000, 90 << 10, 1000, 20 << 10, 1000] * 4
+    arrays = [arena.empty([n], "uint8", "a piece") for n in sizes]
+    assert arena.allocated_bytes < sum(sizes) + (64 << 10) + 8 * 512
+    spans = sorted((a.data_ptr, a.data_ptr + a.nbytes) for a in arrays)
+    assert all(end <= begin for (_, end), (begin, _) in pairwise(spans))
+
+
+def test_copies_are_contiguous_and_their_own(gpu):
+    x = values((5, 6))
+    array = cuda.array(x)
+    part, whole = array[1:4, 2:5].copy(), array.copy()
+    array.set(np.zeros_like(x))
+    assert part.shape == (3, 3)
+    assert part.dtype == "float32"
+    assert_exact(down(part), x[1:4, 2:5])
+    assert_exact(down(whole), x)
+    assert cuda.empty((0, 4)).copy().shape == (0, 4)
+
+
+def test_a_pool_takes_back_what_it_gave(gpu):
+    pool = gpu.Pool()
+    with cuda.pooled(pool):
+        first, second = cuda.empty((100,), "float32"), cuda.empty((100,), "float32")
+        place = first.data_ptr
+        view = first[10:20]
+        del first
+        assert cuda.empty((100,), "float32").data_ptr != place  # the view still holds it
+        del view
+        assert cuda.empty((90,), "float32").data_ptr == place
+        assert second.data_ptr != place
+        held = pool.allocated_bytes
+        for _ in range(5):
+            cuda.rmsnorm(cuda.rmsnorm(second.reshape(1, 100), second), second)
+        assert 0 < held == pool.allocated_bytes
+    assert cuda.empty((90,), "float32").data_ptr != place
+
+
+def test_what_ran_in_a_pool_can_be_captured(gpu):
+    pool, x, weight = gpu.Pool(), up(values((3, 64))), up(np.ones(64, np.float32))
+
+    def run():
+        with cuda.pooled(pool):
+            return cuda.rmsnorm(cuda.rmsnorm(cuda.rmsnorm(x, weight), weight), weight)
+
+    want = down(run())
+    with cuda.graph() as graph:
+        y = run()
+    x.set(2 * values((3, 64)))
+    graph.replay()
+    np.testing.assert_allclose(down(y), want, rtol=1e-4)
+    with pytest.raises(ValueError, match="cannot be allocated while a graph is captured"), cuda.graph():
+        more = [run() for _ in range(3)]  # noqa: F841 - the pool has not as many
+
+
+def test_work_on_another_stream_stands_in_order(gpu):
+    x, y = up(values((4, 256))), poisoned_up((4, 256))
+    stream = gpu.Stream()
+    before = gpu.current_stream().handle
+    with cuda.on_stream(stream):
+        assert gpu.current_stream().handle == stream.handle != before
+        cuda.rmsnorm(x, up(np.ones(256, np.float32)), out=y)
+    assert gpu.current_stream().handle == before
+    assert np.isfinite(down(y)).all()
+    with pytest.raises(ZeroDivisionError), cuda.on_stream(stream):
+        raise ZeroDivisionError
+    assert gpu.current_stream().handle == before
 
 
 def test_events_measure_time(gpu):

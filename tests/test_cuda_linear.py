@@ -127,19 +127,27 @@ def test_wrong_results_are_rejected(wrong):
         check(bad.astype(np.float32), x, weight, "bf16", bias)
 
 
-@pytest.mark.parametrize("num_tokens", [3, 66])
+@pytest.mark.parametrize("num_tokens", [1, 3, 13, 40, 66])
 @pytest.mark.parametrize("activations", ["bf16", "float32"])
-def test_a_group_is_its_layers(gpu, num_tokens, activations):
+@pytest.mark.parametrize("sizes", [(20, 4, 33), (16,), (1, 0, 40, 16, 15, 17, 2, 3, 5)])
+def test_a_group_is_its_layers(gpu, num_tokens, activations, sizes):
     rng = np.random.default_rng(0)
     x = normal(rng, (num_tokens, 72))
-    layers = [(normal(rng, (n, 72), "bfloat16"), None, normal(rng, (n,)) if n > 4 else None) for n in (20, 4, 33)]
+    layers = [(normal(rng, (n, 72), "bfloat16"), None, normal(rng, (n,)) if n > 4 else None) for n in sizes]
     held = [tuple(None if a is None else up(a) for a in layer) for layer in layers]
-    out = up(np.full((num_tokens, 57), np.nan, np.float32), 3)
+    out = up(np.full((num_tokens, sum(sizes)), np.nan, np.float32), 3)
     assert ops.linear_group(up(x), held, activations=activations, out=out) is out
     want = [down(ops.linear(up(x), w, b, activations=activations)) for w, _, b in held]
     assert_exact(down(out), np.concatenate(want, axis=1))
+
+
+def test_a_group_names_the_layer_that_is_wrong(gpu):
+    weights = [up(np.ones((n, 8), BF16)) for n in (20, 4)]
     with pytest.raises(ValueError, match=r"bias\[1\] has shape"):
-        cuda.linear_group(up(x), [held[0], (held[1][0], None, held[2][2])])
+        cuda.linear_group(
+            up(np.ones((3, 8), np.float32)),
+            [(weights[0], None, None), (weights[1], None, up(np.ones(5, np.float32)))],
+        )
 
 
 def test_nothing_to_do(gpu):

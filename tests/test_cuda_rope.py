@@ -102,6 +102,44 @@ def test_rope_kv_write_is_its_parts(gpu, q_dtype, cache_dtype, bias_dtype, heads
         assert np.isnan(got.astype(np.float32)).all()
 
 
+@pytest.mark.parametrize("num_sequences", [1, 5, 300])
+@pytest.mark.parametrize("num_tables", [1, 2, 4])
+def test_kv_cache_advance(gpu, num_sequences, num_tables):
+    rng = np.random.default_rng(num_sequences)
+    seq_lens = rng.integers(0, 40, num_sequences).astype(np.int32)
+    tables = [rng.integers(-1, 9, (num_sequences, 5)).astype(np.int32) for _ in range(num_tables)]
+    held, positions = up(seq_lens), poisoned_up((num_sequences,), np.int64)
+    slots = [poisoned_up((num_sequences,), np.int64) for _ in tables]
+    pairs = list(zip(map(up, tables), slots, strict=True))
+    for step in range(2):
+        cuda.kv_cache_advance(held, positions, pairs, block_size=8)
+        at = seq_lens.astype(np.int64) + step
+        assert_exact(down(positions), at)
+        assert_exact(down(held), (at + 1).astype(np.int32))
+        for table, got in zip(tables, slots, strict=True):
+            # Past the table, and where it has no block, nothing is to be written.
+            padded = np.concatenate([table, np.full((num_sequences, 2), -1, np.int32)], axis=1)
+            block = np.take_along_axis(padded, at[:, None] // 8, axis=1)[:, 0].astype(np.int64)
+            assert_exact(down(got), np.where(block >= 0, 8 * block + at % 8, -1))
+
+
+def test_kv_cache_advance_names_what_is_wrong(gpu):
+    lens, at, slots = up(np.zeros(3, np.int32)), up(np.zeros(3, np.int64)), up(np.zeros(3, np.int64))
+    table = up(np.zeros((3, 2), np.int32))
+    with pytest.raises(ValueError, match="there are 0 block tables; wanted 1 to 4"):
+        cuda.kv_cache_advance(lens, at, [], block_size=8)
+    with pytest.raises(ValueError, match="there are 5 block tables"):
+        cuda.kv_cache_advance(lens, at, [(table, slots)] * 5, block_size=8)
+    with pytest.raises(ValueError, match="block_size is 0"):
+        cuda.kv_cache_advance(lens, at, [(table, slots)], block_size=0)
+    with pytest.raises(ValueError, match=r"positions has shape \(2,\)"):
+        cuda.kv_cache_advance(lens, at[:2], [(table, slots)], block_size=8)
+    with pytest.raises(TypeError, match="slots has dtype int32"):
+        cuda.kv_cache_advance(lens, at, [(table, lens)], block_size=8)
+    with pytest.raises(ValueError, match="slots shares memory with positions"):
+        cuda.kv_cache_advance(lens, at, [(table, at)], block_size=8)
+
+
 def test_rope_kv_write_with_positions_and_slots_out_of_range(gpu):
     qkv, bias, _ = fused_case()
     cos, sin = tables(10, 32)

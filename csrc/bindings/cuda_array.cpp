@@ -187,6 +187,13 @@ DeviceArray slice(const DeviceArray& array, const py::object& key) {
   return view;
 }
 
+// Where a thread's new arrays come from; null for the device itself.
+thread_local std::shared_ptr<Pool> current_pool;
+
+DeviceArray new_array(const std::vector<int64_t>& shape, DType dtype, const char* what) {
+  return current_pool ? allocate(*current_pool, shape, dtype, what) : allocate(Stream::current(), shape, dtype, what);
+}
+
 std::vector<int64_t> sizes(const py::args& args) {
   const bool one_tuple = args.size() == 1 && !py::isinstance<py::int_>(args[0]);
   return py::cast<std::vector<int64_t>>(one_tuple ? py::object(args[0]) : py::object(args));
@@ -233,6 +240,13 @@ void bind_memory(py::module_& m) {
           py::arg("shape"), py::arg("dtype"), py::arg("what") = "an array")
       .def_property_readonly("allocated_bytes", &Arena::allocated_bytes)
       .def_property_readonly("used_bytes", &Arena::used_bytes);
+  py::class_<Pool, std::shared_ptr<Pool>>(m, "Pool", py::module_local())
+      .def(py::init([] { return std::make_shared<Pool>(Stream::current()); }))
+      .def_property_readonly("allocated_bytes", &Pool::allocated_bytes);
+  m.def("current_pool", [] { return current_pool; });
+  m.def(
+      "set_current_pool", [](std::shared_ptr<Pool> pool) { current_pool = std::move(pool); },
+      py::arg("pool").none(true));
   py::class_<Uploader>(m, "Uploader", py::module_local())
       .def(py::init([](size_t buffer_bytes) { return std::make_unique<Uploader>(Stream::current(), buffer_bytes); }),
            py::arg("buffer_bytes") = Uploader::kDefaultBytes)
@@ -292,6 +306,15 @@ void bind_array(py::module_& m) {
       .def("reshape",
            [](const DeviceArray& a, const py::Args<py::object>& shape) { return reshape(a, sizes(shape)); })
       .def("numpy", &to_numpy)
+      .def("copy",
+           [](const DeviceArray& a) {
+             const std::vector<int64_t> shape(a.tensor.shape, a.tensor.shape + a.tensor.ndim);
+             DeviceArray made = new_array(shape, a.tensor.dtype, "a copy");
+             const auto stream = Stream::current();
+             const OpScope scope(*stream);
+             copy_on_device(*stream, a, made);
+             return made;
+           })
       .def(
           "set",
           [](const DeviceArray& a, const py::object& array) {
@@ -315,7 +338,7 @@ void bind_array(py::module_& m) {
   m.def(
       "empty",
       [](const std::vector<int64_t>& shape, const std::string& dtype, const std::string& what) {
-        return allocate(Stream::current(), shape, parse_dtype_name(dtype), what.c_str());
+        return new_array(shape, parse_dtype_name(dtype), what.c_str());
       },
       py::arg("shape"), py::arg("dtype"), py::arg("what") = "an array");
   m.def(

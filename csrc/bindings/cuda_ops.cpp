@@ -199,6 +199,23 @@ void bind_attention(py::module_& m) {
       },
       py::arg("k"), py::arg("v"), py::arg("k_cache"), py::arg("v_cache"), py::arg("slots"));
   m.def(
+      "kv_cache_advance",
+      [](const py::object& seq_lens, const py::object& positions,
+         const std::vector<std::pair<py::object, py::object>>& tables, int64_t block_size) {
+        Arguments args;
+        const DeviceArg lens = args.out(seq_lens, "seq_lens"), at = args.out(positions, "positions");
+        std::vector<DeviceArg> held;
+        std::vector<SlotTable> all;
+        for (const auto& [block_table, slots] : tables) {
+          held.push_back(args.in(block_table, "block_table"));
+          held.push_back(args.out(slots, "slots"));
+          all.push_back({held[held.size() - 2], held.back()});
+        }
+        const OpScope scope(args.stream());
+        kv_cache_advance(args.stream(), lens, at, all, block_size);
+      },
+      py::arg("seq_lens"), py::arg("positions"), py::arg("tables"), py::arg("block_size"));
+  m.def(
       "sink_attention",
       [](const py::object& q, const py::object& k_cache, const py::object& v_cache, const py::object& sinks,
          const py::object& block_table, const py::object& cu_seqlens, const py::object& seq_lens,

@@ -72,10 +72,12 @@ void* Arena::allocate(size_t bytes, const char* what) {
   check_value(bytes <= SIZE_MAX - 2 * kDeviceAlign - emulation::kGuardBytes, what, " has ", bytes,
               " bytes; wanted a size that memory can have");
   const size_t wanted = std::max(round_up(bytes, kDeviceAlign), kDeviceAlign) + emulation::kGuardBytes;
-  if (chunks_.empty() || chunks_.back().size - chunks_.back().used < wanted) {
+  // What is large has memory of its own, so that it leaves no chunk half empty.
+  const bool alone = wanted > chunk_bytes_ / 4;
+  if (alone || chunks_.empty() || chunks_.back().size - chunks_.back().used < wanted) {
     check_value(!stream_->capturing(), what, " cannot be allocated while a graph is captured");
     const DeviceGuard guard(stream_->device());
-    Chunk chunk{nullptr, std::max(chunk_bytes_, wanted), 0};
+    Chunk chunk{nullptr, alone ? wanted : chunk_bytes_, 0};
     void* data = nullptr;
     if (cudaMalloc(&data, chunk.size) != cudaSuccess) {
       throw_out_of_memory(chunk.size,
@@ -83,15 +85,48 @@ void* Arena::allocate(size_t bytes, const char* what) {
     }
     chunk.data = static_cast<char*>(data);
     emulation::guard_memory(chunk.data, chunk.size);
-    chunks_.push_back(chunk);
+    // The last one is the one that is being filled.
+    chunks_.insert(alone && !chunks_.empty() ? chunks_.end() - 1 : chunks_.end(), chunk);
     allocated_ += chunk.size;
   }
-  Chunk& chunk = chunks_.back();
+  Chunk& chunk = alone && chunks_.size() > 1 ? chunks_[chunks_.size() - 2] : chunks_.back();
   char* piece = chunk.data + chunk.used;
   emulation::unguard_memory(piece, bytes);
   chunk.used += wanted;
   used_ += bytes;
   return piece;
+}
+
+Pool::~Pool() {
+  for (void* block : all_) cudaFree(block);  // which waits for whatever still uses it
+}
+
+void* Pool::find(size_t size, const char* what) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  std::vector<void*>& fitting = free_[size];
+  if (!fitting.empty()) {
+    void* block = fitting.back();
+    fitting.pop_back();
+    return block;
+  }
+  check_value(!stream_->capturing(), what,
+              " cannot be allocated while a graph is captured; wanted the same ops run once before");
+  const DeviceGuard guard(stream_->device());
+  void* block = nullptr;
+  if (cudaMalloc(&block, size) != cudaSuccess) throw_out_of_memory(size, what);
+  all_.push_back(block);
+  allocated_ += size;
+  return block;
+}
+
+std::shared_ptr<void> Pool::take(size_t bytes, const char* what) {
+  check_value(bytes <= SIZE_MAX - 2 * kDeviceAlign, what, " has ", bytes,
+              " bytes; wanted a size that memory can have");
+  const size_t size = std::max(round_up(bytes, kDeviceAlign), kDeviceAlign);
+  return {find(size, what), [pool = shared_from_this(), size](void* freed) {
+            const std::lock_guard<std::mutex> lock(pool->mutex_);
+            pool->free_[size].push_back(freed);
+          }};
 }
 
 }  // namespace cuda

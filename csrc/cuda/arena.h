@@ -3,7 +3,9 @@
 
 #include <cstddef>
 #include <memory>
+#include <mutex>
 #include <string>
+#include <unordered_map>
 #include <vector>
 
 #include "cuda/stream.h"
@@ -52,6 +54,28 @@ class Arena {
   std::string name_;
   std::vector<Chunk> chunks_;
   size_t allocated_ = 0, used_ = 0;
+};
+
+// Blocks that come back when they are let go of, in the order of one stream: what runs a second time finds all its
+// blocks and allocates nothing, so that it can be captured in a graph. The graph must not outlive the pool.
+class Pool : public std::enable_shared_from_this<Pool> {
+ public:
+  explicit Pool(std::shared_ptr<Stream> stream) : stream_(std::move(stream)) {}
+  ~Pool();
+  Pool(const Pool&) = delete;
+  Pool& operator=(const Pool&) = delete;
+  std::shared_ptr<void> take(size_t bytes, const char* what);
+  int device() const { return stream_->device(); }
+  size_t allocated_bytes() const { return allocated_; }
+
+ private:
+  void* find(size_t size, const char* what);
+
+  std::shared_ptr<Stream> stream_;
+  std::mutex mutex_;
+  std::unordered_map<size_t, std::vector<void*>> free_;  // by size
+  std::vector<void*> all_;
+  size_t allocated_ = 0;
 };
 
 }  // namespace cuda

@@ -116,6 +116,14 @@ DeviceArray allocate(const std::shared_ptr<Arena>& arena, int device, const std:
   return array;
 }
 
+DeviceArray allocate(Pool& pool, const std::vector<int64_t>& shape, DType dtype, const char* what) {
+  DeviceArray array;
+  array.tensor = contiguous(shape, dtype, what), array.device = pool.device();
+  array.owner = pool.take(num_bytes(array.tensor), what);
+  array.tensor.data = array.owner.get();
+  return array;
+}
+
 DeviceArray reshape(const DeviceArray& array, const std::vector<int64_t>& shape) {
   check_contiguous("array", array.tensor);
   std::vector<int64_t> sizes = shape;
@@ -163,6 +171,14 @@ void from_host(Stream& stream, const DeviceArray& array, const void* host) {
                                  cudaMemcpyHostToDevice, stream.handle()));
   }
   stream.synchronize();
+}
+
+void copy_on_device(Stream& stream, const DeviceArray& from, const DeviceArray& to) {
+  if (from.tensor.size() == 0) return;
+  const DeviceGuard guard(stream.device());
+  const Runs runs = runs_of(from.tensor, "the array");
+  MXMOE_CUDA(cudaMemcpy2DAsync(to.tensor.data, runs.width, from.tensor.data, runs.pitch, runs.width, runs.count,
+                               cudaMemcpyDeviceToDevice, stream.handle()));
 }
 
 dlpack::ManagedVersioned* export_versioned(const DeviceArray& array) {

@@ -27,12 +27,16 @@ DeviceArray allocate(const std::shared_ptr<Stream>& stream, const std::vector<in
                      const char* what);
 DeviceArray allocate(const std::shared_ptr<Arena>& arena, int device, const std::vector<int64_t>& shape, DType dtype,
                      const char* what);
+DeviceArray allocate(Pool& pool, const std::vector<int64_t>& shape, DType dtype, const char* what);
 // Of the same number of elements; one size may be -1. The array must be contiguous.
 DeviceArray reshape(const DeviceArray& array, const std::vector<int64_t>& shape);
 
 // Both wait for the stream. The host side is contiguous; the device side may have strides.
 void to_host(Stream& stream, const DeviceArray& array, void* host);
 void from_host(Stream& stream, const DeviceArray& array, const void* host);
+
+// From rows at any one distance to a contiguous array of the same shape, in the order of the stream.
+void copy_on_device(Stream& stream, const DeviceArray& from, const DeviceArray& to);
 
 // The array as DLPack hands it over; the deleter lets go of it. Who gets it orders its own work (see
 // Stream::let_wait).

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from mxmoe.checkpoint import weight_shapes
 from mxmoe.config import ModelConfig, read_json
+from mxmoe.devices import HOST, Device
 from mxmoe.layers import DecoderLayer, Experts, Linear, LowRank
 from mxmoe.shards import shown
 
@@ -236,8 +237,8 @@ def bfloat16_parts(matrix: Array, exact: bool) -> tuple[Array, ...]:
     return tuple(parts)
 
 
-def apply_adapter(adapter: Adapter, layers: list[DecoderLayer], lm_head: Linear) -> None:
-    """Put an adapter's matrices beside a model's layers, whose own weights stay as they are.
+def apply_adapter(adapter: Adapter, layers: list[DecoderLayer], lm_head: Linear, device: Device = HOST) -> None:
+    """Put an adapter's matrices beside a model's layers, on their device; their own weights stay as they are.
 
     Where activations are float32 the adapter counts to its last bit; else it is rounded to bfloat16, as they are.
 
@@ -254,7 +255,8 @@ def apply_adapter(adapter: Adapter, layers: list[DecoderLayer], lm_head: Linear)
             narrow, wide = bfloat16_parts(a, exact), bfloat16_parts(scaled, exact)
         if not all(np.isfinite(part.astype(np.float32)).all() for part in (*narrow, *wide)):
             raise AdapterError(f"{adapter.path}: the matrices of {name}, times {adapter.scale:g}, exceed bfloat16")
-        layer.adapter = LowRank(layer.ops, narrow, wide, layer.activations)
+        there = [tuple(device.put(part, f"the adapter of {name}") for part in parts) for parts in (narrow, wide)]
+        layer.adapter = LowRank(layer.ops, there[0], there[1], layer.activations)
 
 
 def _layer(name: str, layers: list[DecoderLayer], lm_head: Linear) -> Linear | Experts:

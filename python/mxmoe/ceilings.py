@@ -11,9 +11,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from mxmoe import _core, ops
+from mxmoe import _core, cuda, ops
 
-__all__ = ["CeilingMeter", "Ceilings", "measure"]
+__all__ = ["CeilingMeter", "Ceilings", "GpuCeilings", "GpuMeter", "measure"]
 
 Activations = Literal["float32", "bf16", "int8"]
 
@@ -122,6 +122,64 @@ class CeilingMeter:
             raise ValueError("the meter holds no samples; wanted at least one call of sample()")
         columns = zip(*(asdict(sample).values() for sample in self.samples), strict=True)
         return Ceilings(*(statistics.median(column) for column in columns))
+
+
+@dataclass(frozen=True)
+class GpuCeilings:
+    """The most that a GPU can do.
+
+    Attributes
+    ----------
+    read_gb_s : float
+        Bytes read and written by a copy from its memory to its memory, in 1e9 a second.
+    bf16_gflop_s, float32_gflop_s : None
+        Not measured: no matrix product that is not mxmoe's own is at hand.
+    """
+
+    read_gb_s: float
+    bf16_gflop_s: None = None
+    float32_gflop_s: None = None
+
+    def peak(self, activations: Activations) -> None:
+        """Return None: not measured."""
+
+
+class GpuMeter:
+    """Measures a GPU's ceilings again and again, as `CeilingMeter` does the CPU's.
+
+    Attributes
+    ----------
+    samples : list of GpuCeilings
+    """
+
+    num_threads = 0
+    buffer_bytes = 0  # of the host
+
+    def __init__(self) -> None:
+        free, _ = cuda.extension().memory_info()
+        # Many times the second-level cache; twice this much is held while it is copied.
+        self._buffer = cuda.empty((min(_BUFFER_BYTES, free // 4),), "uint8", "the meter of bandwidth")
+        self.samples: list[GpuCeilings] = []
+
+    def sample(self) -> GpuCeilings:
+        """Measure once: the best of a few copies, as the others were disturbed."""
+        module, seconds = cuda.extension(), []
+        self._buffer.copy()  # whose memory the others take
+        for _ in range(_READ_PASSES):
+            begin, end = module.Event(), module.Event()
+            begin.record()
+            self._buffer.copy()
+            end.record()
+            end.synchronize()
+            seconds.append(max(end.milliseconds_since(begin), 1e-3) / 1e3)
+        self.samples.append(GpuCeilings(2 * self._buffer.nbytes / min(seconds) / 1e9))
+        return self.samples[-1]
+
+    def median(self) -> GpuCeilings:
+        """Return the median of all samples."""
+        if not self.samples:
+            raise ValueError("the meter holds no samples; wanted at least one call of sample()")
+        return GpuCeilings(statistics.median(sample.read_gb_s for sample in self.samples))
 
 
 def _default_bytes() -> int:

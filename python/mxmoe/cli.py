@@ -29,7 +29,7 @@ ModelOption = Annotated[
     str,
     typer.Option("--model", "-m", help="Folder of a checkpoint, a name on the Hugging Face hub, or 'tiny'."),
 ]
-DeviceOption = Annotated[str, typer.Option("--device", help="Where to run: cpu.")]
+DeviceOption = Annotated[str, typer.Option("--device", help="Where to run: cpu, or cuda for an NVIDIA GPU.")]
 DenseOption = Annotated[str | None, typer.Option("--dense", help="Dense weights: bf16 or int8.")]
 KvOption = Annotated[str | None, typer.Option("--kv", help="KV cache: float32, bf16 or int8.")]
 ActivationsOption = Annotated[

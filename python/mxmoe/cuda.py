@@ -33,10 +33,13 @@ __all__ = [
     "graph",
     "greedy_sample",
     "is_on_gpu",
+    "kv_cache_advance",
     "kv_cache_write",
     "linear",
     "linear_group",
     "mxfp4_moe",
+    "on_stream",
+    "pooled",
     "problem",
     "rmsnorm",
     "rmsnorm_routing",
@@ -164,6 +167,42 @@ def empty(shape: Sequence[int], dtype: str = "float32", what: str = "an array") 
     return extension().empty(list(shape), dtype, what)
 
 
+@contextmanager
+def on_stream(stream: Any) -> Iterator[None]:
+    """Give this thread's work to a stream within the ``with`` block, behind what the current one has been given.
+
+    Afterwards the current stream waits for it in turn.
+    """
+    before = extension().current_stream()
+    stream.wait_for(before)
+    extension().set_current_stream(stream)
+    try:
+        yield
+    finally:
+        extension().set_current_stream(before)
+        before.wait_for(stream)
+
+
+@contextmanager
+def pooled(pool: Any) -> Iterator[None]:
+    """Take this thread's new arrays from a pool within the ``with`` block.
+
+    Ops that run twice in the same way, with the first time's arrays gone, allocate nothing the second time, which
+    may then be recorded as a `graph`.
+
+    Parameters
+    ----------
+    pool : Pool
+        Of the extension. Must live as long as its arrays and the graphs that use them.
+    """
+    before = extension().current_pool()
+    extension().set_current_pool(pool)
+    try:
+        yield
+    finally:
+        extension().set_current_pool(before)
+
+
 def array(x: Any, what: str = "an array") -> Any:
     """Copy a host array to the GPU.
 
@@ -202,9 +241,9 @@ def synchronize() -> None:
 def graph() -> Iterator[Any]:
     """Record the ops within the ``with`` block instead of running them; ``.replay()`` then runs all of them at once.
 
-    Arrays must be made beforehand and passed as ``out``, and every op must have run once at these sizes: nothing can
-    be allocated meanwhile. They must live as long as the graph, and be arrays of this module: take others' by
-    `from_dlpack` before.
+    Arrays must be made beforehand and passed as ``out`` (or come out of a pool, see `pooled`), and every op must have
+    run once at these sizes: nothing can be allocated meanwhile. They must live as long as the graph, and be arrays of
+    this module: take others' by `from_dlpack` before.
 
     Examples
     --------
@@ -458,6 +497,26 @@ def kv_cache_write(
     """
     _no_scales(k_scales, v_scales)
     extension().kv_cache_write(k, v, k_cache, v_cache, _integers("slots", slots, np.int64))
+
+
+@_handing_back
+def kv_cache_advance(
+    seq_lens: Array, positions: Array, tables: Sequence[tuple[Array, Array]], *, block_size: int
+) -> None:
+    """Make room for one token more of every sequence, on the GPU: what lies between two decoding steps.
+
+    Parameters
+    ----------
+    seq_lens : array, shape (num_sequences,), int32
+        Goes up by one in place.
+    positions : array, shape (num_sequences,), int64
+        Takes the new tokens' positions.
+    tables : sequence of (block_table, slots), at most 4
+        Block tables (num_sequences, max_blocks) int32, and what takes the new tokens' slots (num_sequences,) int64:
+        -1, where nothing is written, when a table has no block for them.
+    block_size : int
+    """
+    extension().kv_cache_advance(seq_lens, positions, list(tables), block_size)
 
 
 def _no_scales(k_scales: Array | None, v_scales: Array | None) -> None:

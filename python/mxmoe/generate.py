@@ -77,9 +77,8 @@ class _Sequence:
         self.stop = StopStrings(stop)
         self.text = ""
 
-    def advance(self, logits: np.ndarray[Any, Any]) -> tuple[GenerationStep, str]:
-        """Choose the next token; return it with the text that it completes."""
-        token, logprob = self.sampler(logits)
+    def advance(self, token: int, logprob: float) -> tuple[GenerationStep, str]:
+        """Take the next token; return it with the text that it completes."""
         self.left -= 1
         shown = ""
         if self.decoder is not None and token not in self.stop_token_ids:
@@ -310,12 +309,27 @@ class Model(Transformer):
         return [sequence.result for sequence in sequences]
 
 
+def _choose(
+    model: Model, ids: np.ndarray[Any, Any], sequences: list[_Sequence], cache: KVCache, bounds: list[int]
+) -> list[tuple[int, float]]:
+    """Run new tokens, and choose what follows each sequence's last one."""
+    where: dict[str, Any] = {"cache": cache, "cu_seqlens": bounds, "sequences": [s.number for s in sequences]}
+    if model.chooses_on_device and all(s.sampler.params.temperature == 0.0 for s in sequences):
+        token_ids, logprobs = model.likeliest(ids, **where)
+        if not np.isfinite(logprobs).all():
+            raise ValueError(
+                "the logits hold a NaN or infinity; wanted finite numbers: are the weights or a hook broken?"
+            )
+        return list(zip(token_ids.tolist(), logprobs.tolist(), strict=True))
+    logits = model.forward(ids, logits="last", **where)
+    return [s.sampler(row) for s, row in zip(sequences, logits, strict=True)]
+
+
 def _stream(
     model: Model, ids: np.ndarray[Any, Any], sequence: _Sequence, cache: KVCache
 ) -> Iterator[tuple[GenerationStep, str]]:
     while True:
-        logits = model.forward(ids, cache=cache, logits="last")
-        step, text = sequence.advance(logits[0])
+        step, text = sequence.advance(*_choose(model, ids, [sequence], cache, [0, ids.size])[0])
         yield step, text
         if step.finish_reason is not None:
             return
@@ -332,13 +346,10 @@ def _run_batch(
     active, new = sequences, prompts
     while active:
         bounds = np.concatenate([[0], np.cumsum([ids.size for ids in new])])
-        numbers = [sequence.number for sequence in active]
-        logits = model.forward(
-            np.concatenate(new), cache=cache, cu_seqlens=bounds.tolist(), sequences=numbers, logits="last"
-        )
+        chosen = _choose(model, np.concatenate(new), active, cache, bounds.tolist())
         going = []
-        for sequence, row in zip(active, logits, strict=True):
-            step, text = sequence.advance(row)
+        for sequence, choice in zip(active, chosen, strict=True):
+            step, text = sequence.advance(*choice)
             if on_step is not None:
                 on_step(sequence.number, step, text)
             if step.finish_reason is None:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mxmoe.config import ModelConfig
+from mxmoe.devices import HOST, Device
 
 __all__ = ["Hook", "HookContext", "Taps", "site_names"]
 
@@ -107,9 +108,15 @@ def check_pattern(pattern: str, config: ModelConfig, what: str) -> frozenset[str
 
 
 class Taps:
-    """The watchers of one forward pass: hooks that may replace values, and values to be captured."""
+    """The watchers of one forward pass: hooks that may replace values, and values to be captured.
 
-    def __init__(self, config: ModelConfig, hooks: Sequence[Hook], capture: Sequence[str] | None) -> None:
+    They see arrays of the host: what lies elsewhere is brought here and, where there are hooks, back again.
+    """
+
+    def __init__(
+        self, config: ModelConfig, hooks: Sequence[Hook], capture: Sequence[str] | None, device: Device = HOST
+    ) -> None:
+        self._device = device
         if isinstance(capture, str):
             raise TypeError(f"capture is the text {capture!r}; wanted a list of sites, such as [{capture!r}]")
         names: set[str] = set()
@@ -121,23 +128,24 @@ class Taps:
         for hook in hooks:
             for site in check_pattern(hook.pattern, config, "hook"):
                 self._hooks.setdefault(site, []).append(hook.fn)
-        self._idle = not self._captured and not self._hooks
+        self.idle = not self._captured and not self._hooks
         self.positions: NDArray[np.int64] = np.zeros(0, np.int64)
         self.sequences: NDArray[np.int64] = np.zeros(0, np.int64)
 
     def wants(self, site: str) -> bool:
         """Whether anybody watches `site`."""
-        return not self._idle and (site in self._captured or site in self._hooks)
+        return not self.idle and (site in self._captured or site in self._hooks)
 
     def __call__(self, site: str, value: Array) -> Array:
         """Show a value to its watchers; return it, or what a hook has put in its place."""
-        if self._idle:
+        if not self.wants(site):
             return value
+        seen = self._device.get(value)
         for fn in self._hooks.get(site, ()):
-            value = self._apply(fn, site, value)
+            seen = self._apply(fn, site, seen)
         if site in self._captured:
-            self._captured[site].append(value.copy())
-        return value
+            self._captured[site].append(seen.copy())
+        return self._device.put(seen, site) if site in self._hooks else value
 
     def _apply(self, fn: HookFunction, site: str, value: Array) -> Array:
         layer = int(site.split(".")[1]) if site.startswith("layers.") else None

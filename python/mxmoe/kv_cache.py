@@ -16,9 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mxmoe.config import ModelConfig
+from mxmoe.devices import HOST, Device
 
 __all__ = ["KVCache", "LayerCache", "Pages"]
 
+Array = Any  # of the cache's device
 KVDtype = Literal["float32", "bf16", "int8", "float64"]
 
 _DTYPES: dict[str, Any] = {
@@ -39,10 +41,10 @@ class LayerCache:
     k_scales, v_scales : (num_blocks, num_key_value_heads, block_size) float32, or None unless int8
     """
 
-    k: NDArray[Any]
-    v: NDArray[Any]
-    k_scales: NDArray[np.float32] | None
-    v_scales: NDArray[np.float32] | None
+    k: Array
+    v: Array
+    k_scales: Array | None
+    v_scales: Array | None
 
     @property
     def nbytes(self) -> int:
@@ -60,8 +62,8 @@ class Pages:
     block_table : (num_sequences, max_blocks) int32
     """
 
-    slots: NDArray[np.int64]
-    block_table: NDArray[np.int32]
+    slots: Array
+    block_table: Array
 
 
 class _Pool:
@@ -96,8 +98,8 @@ class _Pool:
 class KVCache:
     """Keys and values of up to `num_sequences` sequences of up to `max_tokens` tokens each.
 
-    Memory is taken as it is first written, so a long `max_tokens` costs nothing until it is used. Sliding
-    layers never hold more than their window and one step's new tokens.
+    Memory of the host is taken as it is first written, so a long `max_tokens` costs nothing until it is used; a
+    GPU's is taken at once. Sliding layers never hold more than their window and one step's new tokens.
 
     Parameters
     ----------
@@ -111,6 +113,8 @@ class KVCache:
         Tokens in a block: long enough that a head's keys are long runs of memory.
     step_tokens : int
         The most new tokens of one sequence in one step.
+    device : Device
+        Where keys and values lie; tables and lengths are the host's.
 
     Raises
     ------
@@ -127,6 +131,7 @@ class KVCache:
         dtype: KVDtype = "bf16",
         block_size: int = 256,
         step_tokens: int = 512,
+        device: Device = HOST,
     ) -> None:
         if dtype not in _DTYPES:
             raise ValueError(f"kv is {dtype!r}; wanted 'float32', 'bf16' or 'int8'")
@@ -143,6 +148,7 @@ class KVCache:
                 raise ValueError(f"{name} is {value}; wanted 1 or more")
         self.config, self.max_tokens, self.dtype = config, max_tokens, dtype
         self.num_sequences, self.block_size, self.step_tokens = num_sequences, block_size, step_tokens
+        self.device = device
         self._lengths = [0] * num_sequences
 
         max_blocks = -(-max_tokens // block_size)
@@ -154,16 +160,22 @@ class KVCache:
             kind: _Pool(num_sequences, per_sequence[kind], max_blocks, block_size)
             for kind in dict.fromkeys(config.layer_types)
         }
-        self.layers = [self._allocate(self._pools[kind].num_blocks) for kind in config.layer_types]
+        self.layers = [self._allocate(i) for i in range(config.num_hidden_layers)]
 
-    def _allocate(self, num_blocks: int) -> LayerCache:
+    def _allocate(self, i: int) -> LayerCache:
+        num_blocks = self._pools[self.config.layer_types[i]].num_blocks
         shape = (num_blocks, self.config.num_key_value_heads, self.block_size, self.config.head_dim)
-        scales: list[NDArray[np.float32] | None] = [None, None]
-        # zeros, not empty: the operating system hands out zero pages only when they are written.
+
+        room = f"layer {i}'s keys and values of {self.num_sequences} x {self.max_tokens} tokens"
+
+        def empty(shape: tuple[int, ...], dtype: Any) -> Array:
+            return self.device.empty(shape, dtype, room)
+
+        scales: list[Array | None] = [None, None]
         if self.dtype == "int8":
-            scales = [np.zeros(shape[:3], np.float32), np.zeros(shape[:3], np.float32)]
+            scales = [empty(shape[:3], np.float32), empty(shape[:3], np.float32)]
         dtype = _DTYPES[self.dtype]
-        return LayerCache(np.zeros(shape, dtype), np.zeros(shape, dtype), *scales)
+        return LayerCache(empty(shape, dtype), empty(shape, dtype), *scales)
 
     @property
     def lengths(self) -> tuple[int, ...]:

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mxmoe.devices import HOST, Device
 from mxmoe.kv_cache import KVCache, Pages
 from mxmoe.packing import (
     PANEL_ROWS,
@@ -33,6 +34,7 @@ __all__ = [
     "MoE",
     "RMSNorm",
     "Step",
+    "Watched",
 ]
 
 Array = Any  # an array of the ops' kind
@@ -62,6 +64,8 @@ class Step:
         Places in the cache by kind of layer.
     cache : KVCache
     tap : Tap
+    device : Device
+        Where all of it is.
     """
 
     cos: Array
@@ -71,10 +75,27 @@ class Step:
     pages: dict[str, Pages]
     cache: KVCache
     tap: Tap
+    device: Device
+
+
+class Watched:
+    """Counts the changes made to layers, all models' together, for whoever has recorded what they do.
+
+    Attributes
+    ----------
+    changes : int
+        Assignments to any layer's attributes so far.
+    """
+
+    changes = 0
+
+    def __setattr__(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+        Watched.changes += 1
 
 
 @dataclass
-class Embedding:
+class Embedding(Watched):
     """Token ids to the residual stream. `weight` (vocab_size, H) bfloat16."""
 
     ops: Ops
@@ -86,7 +107,7 @@ class Embedding:
 
 
 @dataclass
-class RMSNorm:
+class RMSNorm(Watched):
     """Root mean square normalisation. `weight` (H,) bfloat16."""
 
     ops: Ops
@@ -99,7 +120,7 @@ class RMSNorm:
 
 
 @dataclass
-class LowRank:
+class LowRank(Watched):
     """An adapter's side branch: the product of a wide and a narrow matrix, beside a layer that stays as it is.
 
     Attributes
@@ -130,7 +151,7 @@ class LowRank:
         return sum(part.nbytes for part in (*self.a, *self.b))
 
 
-class Linear:
+class Linear(Watched):
     """A dense layer.
 
     Parameters
@@ -165,10 +186,10 @@ class Linear:
         if self.packed:
             self._held = pack_linear(weight, scales)
 
-    def __call__(self, x: Array, residual: Array | None = None) -> Array:
+    def __call__(self, x: Array, residual: Array | None = None, out: Array | None = None) -> Array:
         """(T, in) -> (T, out), on top of `residual` (T, out)."""
         weight, scales = self._held
-        kwargs = {"scales": scales, "activations": self.activations, "residual": residual}
+        kwargs = {"scales": scales, "activations": self.activations, "residual": residual, "out": out}
         y = self.ops.linear(x, weight, self.bias, **kwargs)
         return y if self.adapter is None else self.adapter(x, y)
 
@@ -227,22 +248,26 @@ class Linear:
         return sum(a.nbytes for a in (*self._held, self.bias) if a is not None)
 
 
-def side_by_side(x: Array, layers: tuple[Linear, ...]) -> Array:
+def side_by_side(x: Array, layers: tuple[Linear, ...], device: Device = HOST) -> Array:
     """(T, in) -> (T, sum of out): dense layers of the same input, in one op where they round it alike."""
     first = layers[0]
-    if any(layer.activations != first.activations for layer in layers):
-        return np.concatenate([layer(x) for layer in layers], axis=1)
-    y = first.ops.linear_group(x, [layer.held for layer in layers], activations=first.activations)
+    alike = all(layer.activations == first.activations for layer in layers)
+    if alike:
+        y = first.ops.linear_group(x, [layer.held for layer in layers], activations=first.activations)
+    else:
+        y = device.empty((len(x), sum(layer.out_features for layer in layers)), x.dtype)
     end = 0
     for layer in layers:
         begin, end = end, end + layer.out_features
-        if layer.adapter is not None:
+        if not alike:
+            layer(x, out=y[:, begin:end])
+        elif layer.adapter is not None:
             layer.adapter(x, y[:, begin:end])
     return y
 
 
 @dataclass
-class Attention:
+class Attention(Watched):
     """Grouped-query attention with rotary embedding and sinks. `sinks` (Hq,) bfloat16; `window` in keys or None."""
 
     ops: Ops
@@ -266,7 +291,7 @@ class Attention:
     def __call__(self, x: Array, residual: Array, step: Step) -> Array:
         """(T, H) -> (T, H), on top of `residual`; keys and values of the new tokens go into the cache."""
         ops, tap, site = self.ops, step.tap, f"layers.{self.index}."
-        qkv = side_by_side(x, (self.q_proj, self.k_proj, self.v_proj))
+        qkv = side_by_side(x, (self.q_proj, self.k_proj, self.v_proj), step.device)
         qkv = qkv.reshape(len(x), -1, self.head_dim)  # (T, Hq + 2 Hkv, D)
         heads, groups = self.sinks.shape[0], (qkv.shape[1] - self.sinks.shape[0]) // 2
         qk = qkv[:, : heads + groups]
@@ -278,7 +303,7 @@ class Attention:
         scales = {"k_scales": held.k_scales, "v_scales": held.v_scales}
         ops.kv_cache_write(k, v, held.k, held.v, pages.slots, **scales)
         wanted = tap.wants(site + "sink_share")
-        share = np.empty(q.shape[:2], q.dtype) if wanted else None  # (T, Hq)
+        share = step.device.empty(q.shape[:2], q.dtype) if wanted else None  # (T, Hq)
         y = ops.sink_attention(
             q,
             held.k,
@@ -299,7 +324,7 @@ class Attention:
         return self.o_proj(y.reshape(len(x), -1), residual)
 
 
-class ExpertMatrix:
+class ExpertMatrix(Watched):
     """One of the experts' two matrices in MXFP4, as stored or packed.
 
     Parameters
@@ -333,7 +358,7 @@ class ExpertMatrix:
         self.held = pack_mxfp4(blocks, scales) if self.packed else (blocks, scales)
 
 
-class Experts:
+class Experts(Watched):
     """The experts' weights in MXFP4, shapes as in `mxmoe.ops.mxfp4_moe`.
 
     The arrays named there can be looked at and assigned anew under their names; with `packed` they are held by
@@ -428,7 +453,7 @@ class Experts:
 
 
 @dataclass
-class MoE:
+class MoE(Watched):
     """Router and experts."""
 
     ops: Ops
@@ -447,7 +472,7 @@ class MoE:
 
 
 @dataclass
-class DecoderLayer:
+class DecoderLayer(Watched):
     """Attention, then experts, each on a normalised copy of the residual stream and added to it."""
 
     index: int

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal, cast
 
 from numpy.typing import NDArray
@@ -15,8 +14,9 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
 from mxmoe.adapters import Adapter, apply_adapter
-from mxmoe.checkpoint import Checkpoint, resolve
+from mxmoe.checkpoint import Checkpoint, LayerWeights, resolve
 from mxmoe.config import ModelConfig
+from mxmoe.devices import HOST, Device, Gpu, Host
 from mxmoe.generate import Model
 from mxmoe.layers import Attention, DecoderLayer, Embedding, Experts, Linear, MoE, RMSNorm
 from mxmoe.model import LoadOptions
@@ -29,12 +29,14 @@ Array = NDArray[Any]
 
 
 _CHOICES = {
-    "device": ("cpu",),
+    "device": ("cpu", "cuda"),
     "dense": ("bf16", "int8"),
     "kv": ("float32", "bf16", "int8"),
     "activations": ("float32", "bf16", "int8"),
     "backend": ("kernels", "reference"),
 }
+# What the kernels of a GPU do not do.
+_CPU_ONLY = (("dense", "int8"), ("kv", "int8"), ("activations", "int8"), ("backend", "reference"))
 
 
 def _resolve_options(
@@ -54,17 +56,22 @@ def _resolve_options(
             raise ValueError(f"{name} is {value!r}; wanted {wanted}")
     if isinstance(num_threads, bool) or not isinstance(num_threads, int) or not 0 <= num_threads <= 1024:
         raise ValueError(f"num_threads is {num_threads!r}; wanted 0 (all CPUs) to 1024")
+    if device == "cuda":
+        for name, value in _CPU_ONLY:
+            if chosen.get(name) == value:
+                raise ValueError(f"{name} is {value!r}, which only device 'cpu' does; this is 'cuda'")
+        chosen.setdefault("kv", "bf16")  # what the tensor cores take
     return LoadOptions(num_threads=num_threads, **cast(dict[str, Any], chosen))
 
 
-def _ops_of(options: LoadOptions) -> ModuleType:
+def _device_of(options: LoadOptions, weight_bytes: int) -> Device:
+    if options.device == "cuda":
+        return Gpu(weight_bytes)
     if options.backend == "reference":
         from mxmoe.reference import ops as reference_ops
 
-        return reference_ops
-    from mxmoe import ops
-
-    return ops
+        return Host(reference_ops)
+    return HOST
 
 
 class _Builder:
@@ -72,15 +79,27 @@ class _Builder:
 
     def __init__(self, checkpoint: Checkpoint, options: LoadOptions) -> None:
         self.checkpoint, self.config, self.options = checkpoint, checkpoint.config, options
-        self.ops = _ops_of(options)
+        self.device = _device_of(options, checkpoint.nbytes)
+        self.ops = self.device.ops
         # The int8 form is what the model holds, so the reference computes on the very same codes.
         self.int8_dense = options.dense == "int8"
         # Where the kernels want panels, they are made here, layer by layer, into memory of the model's own.
-        self.packed = options.backend == "kernels" and prefers_packed(options.activations)
-        self.packed_dense = {
-            form: options.backend == "kernels" and prefers_packed(options.activations, form)
-            for form in ("int8", "bf16")
-        }
+        packs = self.device is HOST
+        self.packed = packs and prefers_packed(options.activations)
+        self.packed_dense = {form: packs and prefers_packed(options.activations, form) for form in ("int8", "bf16")}
+
+    def held(self, weight: Array, name: str) -> Any:
+        """Bring a weight to where the model is."""
+        return self.device.put_weight(weight, name) if isinstance(self.device, Gpu) else weight
+
+    def held_layer(self, i: int) -> LayerWeights:
+        """Bring a layer's weights to where the model is; what has been copied there leaves the memory here."""
+        weights = self.checkpoint.layer(i)
+        if not isinstance(self.device, Gpu):
+            return weights
+        there = {name: self.held(weight, f"layer {i}'s {name}") for name, weight in vars(weights).items()}
+        self.checkpoint.release(i)
+        return LayerWeights(**there)
 
     def linear(self, weight: Array, bias: Array | None, name: str, layer: int | None = None) -> Linear:
         """Make a dense layer of a weight, `name` in the checkpoint."""
@@ -100,7 +119,7 @@ class _Builder:
         return RMSNorm(self.ops, weight, self.config.rms_norm_eps)
 
     def layer(self, i: int) -> DecoderLayer:
-        w, config, ops = self.checkpoint.layer(i), self.config, self.ops
+        w, config, ops = self.held_layer(i), self.config, self.ops
         attention = Attention(
             ops=ops,
             index=i,
@@ -137,7 +156,19 @@ class _Builder:
         return DecoderLayer(i, self.norm(w.input_layernorm), attention, self.norm(w.post_attention_layernorm), mlp)
 
     def lm_head(self) -> Linear:
-        return self.linear(self.checkpoint.lm_head, None, "lm_head")
+        return self.linear(self.held(self.checkpoint.lm_head, "lm_head"), None, "lm_head")
+
+    def embed_tokens(self) -> Embedding:
+        return Embedding(self.ops, self.held(self.checkpoint.embed_tokens, "embed_tokens"))
+
+    def last_norm(self) -> RMSNorm:
+        return self.norm(self.held(self.checkpoint.norm, "norm"))
+
+    def finish(self) -> None:
+        """Wait for what is on its way."""
+        if isinstance(self.device, Gpu):
+            self.device.finish_weights()
+            self.checkpoint.release()
 
 
 @contextmanager
@@ -171,7 +202,9 @@ def load(
         A folder with a checkpoint in Hugging Face's or OpenAI's original layout; ``"tiny"``, the small model that
         comes with the package; or a name on the Hugging Face hub (``"gpt-oss-20b"`` is short for
         ``"openai/gpt-oss-20b"``), fetched into its usual cache.
-    device : {"cpu"}
+    device : {"cpu", "cuda"}
+        "cuda" holds weights and KV cache in an NVIDIA GPU's memory and runs there: dense "bf16", kv "bf16" (its
+        default) or "float32", activations "bf16" or "float32". Arrays of its layers are then `mxmoe.cuda`'s.
     dense : {"bf16", "int8"}
         Attention projections and lm_head as stored, or rounded to int8 with a scale per block of 32 while loading.
         A projection whose input is no multiple of 32 stays bf16; `Model.components` and ``mxmoe info`` tell.
@@ -205,7 +238,11 @@ def load(
     AdapterError
         (ValueError) The same of the adapter, or it has what is not supported.
     ValueError
-        An option is unknown.
+        An option is unknown, or not to be had on the device.
+    RuntimeError
+        There is no GPU that can be run on; says what is missing.
+    MemoryError
+        The GPU has no room; says for what, and how much is free.
     """
     options = _resolve_options(device, dense, kv, activations, num_threads, backend)
     path = resolve(name_or_path, progress=sys.stderr.isatty() if progress is None else progress)
@@ -227,8 +264,9 @@ def load(
         for i in range(config.num_hidden_layers):
             layers.append(build.layer(i))
             advance(share)
-        embed_tokens, norm = Embedding(build.ops, checkpoint.embed_tokens), build.norm(checkpoint.norm)
+        embed_tokens, norm = build.embed_tokens(), build.last_norm()
+        build.finish()
     if lora is not None:
-        apply_adapter(lora, layers, lm_head)
+        apply_adapter(lora, layers, lm_head, build.device)
         options = replace(options, adapter=lora.path)
-    return Model(config, checkpoint.path, options, tokenizer, embed_tokens, layers, norm, lm_head)
+    return Model(config, checkpoint.path, options, tokenizer, embed_tokens, layers, norm, lm_head, build.device)

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypeVar, overload
+from weakref import WeakKeyDictionary
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mxmoe.config import ModelConfig
+from mxmoe.decoding import Decoder
+from mxmoe.devices import HOST, Device, Gpu
 from mxmoe.inspection import Hook, HookFunction, Taps, check_pattern, site_names
-from mxmoe.kv_cache import KVCache, KVDtype
-from mxmoe.layers import DecoderLayer, Embedding, Experts, Linear, RMSNorm, Step
+from mxmoe.kv_cache import KVCache, KVDtype, Pages
+from mxmoe.layers import DecoderLayer, Embedding, Experts, Linear, RMSNorm, Step, Tap
 from mxmoe.tokenizer import Tokenizer
 
 __all__ = ["LoadOptions", "Transformer"]
 
 Array = NDArray[Any]
 Logits = Literal["all", "last", "none"]
-
-# New tokens that pass through the layers at a time: enough to use every weight tile many times, few enough that the
-# experts' working memory stays around 100 MB at gpt-oss's sizes.
-_STEP_TOKENS = 512
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,16 @@ class LoadOptions:
     num_threads: int = 0
     backend: Literal["kernels", "reference"] = "kernels"
     adapter: Path | None = None
+
+
+@dataclass(frozen=True)
+class _Run:
+    """New tokens, where each sequence's begin, which sequences of the cache they are, and the cache."""
+
+    ids: NDArray[np.int64]
+    bounds: NDArray[np.int64]
+    sequences: list[int]
+    cache: KVCache
 
 
 class Transformer:
@@ -70,19 +79,22 @@ class Transformer:
         layers: list[DecoderLayer],
         norm: RMSNorm,
         lm_head: Linear,
+        device: Device,
     ) -> None:
         self.config, self.path, self.options, self.tokenizer = config, path, options, tokenizer
         self.embed_tokens, self.layers, self.norm, self.lm_head = embed_tokens, layers, norm, lm_head
-        self._ops = embed_tokens.ops
-        self._rope = self._ops.rope_inv_freq(config.head_dim, **vars(config.rope))
+        self._device = device
+        self._rope = device.host_ops.rope_inv_freq(config.head_dim, **vars(config.rope))
         self._hooks: list[Hook] = []
+        self._decoders: WeakKeyDictionary[KVCache, Decoder] = WeakKeyDictionary()
 
     def __repr__(self) -> str:
-        c = self.config
+        c, o = self.config, self.options
+        device = "" if o.device == "cpu" else f"device={o.device}, "
+        adapter = "" if o.adapter is None else f", adapter={o.adapter.name}"
         return (
             f"<mxmoe.{type(self).__name__} {self.path.name}: {c.num_hidden_layers} layers, {c.num_experts} experts, "
-            f"dense={self.options.dense}, kv={self.options.kv}, activations={self.options.activations}"
-            f"{'' if self.options.adapter is None else f', adapter={self.options.adapter.name}'}>"
+            f"{device}dense={o.dense}, kv={o.kv}, activations={o.activations}{adapter}>"
         )
 
     @property
@@ -132,8 +144,16 @@ class Transformer:
         ValueError
             `max_tokens` is below 1 or past the model's context.
         """
+        return self._cache(max_tokens, num_sequences, self._device)
+
+    def kv_cache_bytes(self, max_tokens: int, *, num_sequences: int = 1) -> int:
+        """Tell what `new_cache` would take, without taking it."""
+        return self._cache(max_tokens, num_sequences, HOST).nbytes
+
+    def _cache(self, max_tokens: int, num_sequences: int, device: Device) -> KVCache:
         dtype: KVDtype = "float64" if self.options.backend == "reference" else self.options.kv
-        return KVCache(self.config, max_tokens, num_sequences=num_sequences, dtype=dtype, step_tokens=_STEP_TOKENS)
+        sizes = {"num_sequences": num_sequences, "step_tokens": self._device.step_tokens}
+        return KVCache(self.config, max_tokens, dtype=dtype, device=device, **sizes)
 
     def hook(self, name: str, fn: HookFunction) -> Hook:
         """Install a function that sees, and may replace, a value of every forward pass from now on.
@@ -233,36 +253,55 @@ class Transformer:
             An id outside the vocabulary, offsets that do not fit, an unknown site, tokens that do not fit in the
             cache, or a cache of another model. The cache is then as before.
         """
-        ids = check_token_ids(token_ids, self.config.vocab_size)
-        bounds = _check_bounds(cu_seqlens, ids.size)
-        counts = np.diff(bounds)
         if logits not in ("all", "last", "none"):
             raise ValueError(f"logits is {logits!r}; wanted 'all', 'last' or 'none'")
-        if cache is None:
-            cache = self.new_cache(max(1, int(counts.max())), num_sequences=len(counts))
-        self.check_cache(cache)
-        which = _check_sequences(sequences, len(counts))
-        for sequence, count in zip(which, counts, strict=True):
-            cache.check_room(sequence, int(count))
-        taps = Taps(self.config, self._hooks, capture)
-
-        rows = []
-        with self._threads():
-            for begin in range(0, ids.size, cache.step_tokens):
-                end = min(begin + cache.step_tokens, ids.size)
-                # The part of every sequence that falls into this step.
-                cut = np.clip(bounds, begin, end) - begin
-                present = [i for i in range(len(counts)) if cut[i + 1] > cut[i]]
-                x = self._step(ids[begin:end], cache, [which[i] for i in present], np.diff(cut)[present], taps)
-                wanted = _wanted_rows(logits, bounds, begin, end)
-                taps.positions, taps.sequences = taps.positions[wanted], taps.sequences[wanted]
-                if wanted.size:
-                    x = taps("final_norm", self.norm(np.ascontiguousarray(x[wanted])))
-                    rows.append(taps("logits", self.lm_head(x)))
-        result = np.concatenate(rows) if len(rows) > 1 else rows[0] if rows else self._no_logits()
+        run = self._check(token_ids, cache, cu_seqlens, sequences)
+        taps = Taps(self.config, self._hooks, capture, self._device)
+        if logits != "none" and self._decodes(run, taps):
+            (result,) = self._decode(run, "logits")
+        else:
+            rows = self._run(run, taps, logits, self._device.get)
+            result = np.concatenate(rows) if len(rows) > 1 else rows[0] if rows else self._no_logits()
         return result if capture is None else (result, taps.captured)
 
     __call__ = forward
+
+    @property
+    def chooses_on_device(self) -> bool:
+        """Whether `likeliest` is there to be used: on a GPU."""
+        return isinstance(self._device, Gpu)
+
+    def likeliest(
+        self,
+        token_ids: ArrayLike,
+        *,
+        cache: KVCache,
+        cu_seqlens: Sequence[int] | None = None,
+        sequences: Sequence[int] | None = None,
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Run new tokens through a model on a GPU, and take the likeliest token after each sequence's last one.
+
+        Logits stay on the GPU. Parameters and errors are those of `forward`.
+
+        Returns
+        -------
+        token_ids : (num_sequences,) int64
+            The lowest id among equals.
+        logprobs : (num_sequences,) float32
+            NaN where a logit is NaN or the largest is infinite.
+        """
+        run = self._check(token_ids, cache, cu_seqlens, sequences)
+        taps = Taps(self.config, self._hooks, None, self._device)
+        if self._decodes(run, taps):
+            ids, logprobs = self._decode(run, "likeliest")
+            return ids, logprobs
+
+        def choose(logits: Array) -> tuple[Array, Array]:
+            ids, logprobs = self._device.ops.greedy_sample(logits)
+            return self._device.get(ids), self._device.get(logprobs)
+
+        chosen = self._run(run, taps, "last", choose)
+        return np.concatenate([ids for ids, _ in chosen]), np.concatenate([logprobs for _, logprobs in chosen])
 
     def check_cache(self, cache: object) -> None:
         """Raise TypeError or ValueError unless `cache` is a cache of this model's configuration."""
@@ -270,14 +309,64 @@ class Transformer:
             raise TypeError(f"cache is of type {type(cache).__name__}; wanted a KVCache, as new_cache makes it")
         if cache.config != self.config:
             raise ValueError("cache was made for a model of another configuration; wanted one of this model's own")
+        if cache.device.name != self._device.name:
+            raise ValueError(
+                f"cache is on {cache.device.name!r}; wanted one on {self._device.name!r}, as the model is"
+            )
+
+    def _check(
+        self,
+        token_ids: ArrayLike,
+        cache: KVCache | None,
+        cu_seqlens: Sequence[int] | None,
+        sequences: Sequence[int] | None,
+    ) -> _Run:
+        """Check what `forward` was given, and fill in the defaults."""
+        ids = check_token_ids(token_ids, self.config.vocab_size)
+        bounds = _check_bounds(cu_seqlens, ids.size)
+        counts = np.diff(bounds)
+        if cache is None:
+            cache = self.new_cache(max(1, int(counts.max())), num_sequences=len(counts))
+        self.check_cache(cache)
+        which = _check_sequences(sequences, len(counts))
+        for sequence, count in zip(which, counts, strict=True):
+            cache.check_room(sequence, int(count))
+        return _Run(ids, bounds, which, cache)
+
+    def _run(self, run: _Run, taps: Taps, logits: Logits, take: Callable[[Array], _T]) -> list[_T]:
+        """Run new tokens step by step; what `take` makes of every step's logits on the device."""
+        ids, bounds, cache = run.ids, run.bounds, run.cache
+        taken = []
+        with self._device.threads(self.options.num_threads):
+            for begin in range(0, ids.size, cache.step_tokens):
+                end = min(begin + cache.step_tokens, ids.size)
+                # The part of every sequence that falls into this step.
+                cut = np.clip(bounds, begin, end) - begin
+                present = [i for i in range(len(run.sequences)) if cut[i + 1] > cut[i]]
+                numbers = [run.sequences[i] for i in present]
+                x = self._step(ids[begin:end], cache, numbers, np.diff(cut)[present], taps)
+                wanted = _wanted_rows(logits, bounds, begin, end)
+                taps.positions, taps.sequences = taps.positions[wanted], taps.sequences[wanted]
+                if wanted.size:
+                    if len(wanted) < len(x):
+                        x = self._device.ops.embedding(self._device.put(wanted), x)  # those rows
+                    taken.append(take(self.head(x, taps)))
+        return taken
+
+    def _decodes(self, run: _Run, taps: Taps) -> bool:
+        """Whether it is a decoding step that a GPU can replay: a token a sequence, and nobody watching."""
+        return isinstance(self._device, Gpu) and taps.idle and len(run.ids) == len(run.sequences)
+
+    def _decode(self, run: _Run, want: str) -> tuple[Array, ...]:
+        decoder = self._decoders.get(run.cache)
+        if decoder is None:
+            positions = np.arange(run.cache.max_tokens, dtype=np.int64)
+            decoder = Decoder(run.cache, self._device.host_ops.rope_cos_sin(positions, *self._rope))
+            self._decoders[run.cache] = decoder
+        return decoder.run(self, run.cache, run.ids, run.sequences, want)
 
     def _no_logits(self) -> Array:
         return np.zeros((0, self.config.vocab_size), np.float32)
-
-    def _threads(self) -> Any:
-        if self.options.backend == "reference":
-            return nullcontext()
-        return self._ops.num_threads(self.options.num_threads)
 
     def _step(self, ids: Array, cache: KVCache, sequences: list[int], counts: Array, taps: Taps) -> Array:
         """Run up to step_tokens new tokens through all layers; (T,) -> residual stream (T, H)."""
@@ -287,15 +376,30 @@ class Transformer:
             [np.arange(n, n + new, dtype=np.int64) for n, new in zip(lengths, counts, strict=True)]
         )
         taps.positions, taps.sequences = positions, np.repeat(np.array(sequences, np.int64), counts)
-        cos, sin = self._ops.rope_cos_sin(positions, *self._rope)
         cu_seqlens = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
-        step = Step(cos, sin, cu_seqlens, (lengths + counts).astype(np.int32), pages, cache, taps)
-
-        x = taps("embedding", self.embed_tokens(ids))
-        for layer in self.layers:
-            x = layer(x, step)
+        put, seq_lens = self._device.put, (lengths + counts).astype(np.int32)
+        cos, sin = map(put, self._device.host_ops.rope_cos_sin(positions, *self._rope))
+        num_blocks = -(-int(seq_lens.max()) // cache.block_size)  # what lies past them would be looked through
+        places = {
+            kind: Pages(put(at.slots), put(np.ascontiguousarray(at.block_table[:, :num_blocks])))
+            for kind, at in pages.items()
+        }
+        x = self.body(put(ids), Step(cos, sin, put(cu_seqlens), put(seq_lens), places, cache, taps, self._device))
         cache.commit(sequences, [int(n) for n in counts])
         return x
+
+    def body(self, ids: Array, step: Step) -> Array:
+        """(T,) -> residual stream (T, H)."""
+        x: Array = step.tap("embedding", self.embed_tokens(ids))
+        for layer in self.layers:
+            x = layer(x, step)
+        return x
+
+    def head(self, x: Array, tap: Tap, out: Array | None = None) -> Array:
+        """(rows, H) -> logits (rows, vocab_size)."""
+        logits: Array = self.lm_head(tap("final_norm", self.norm(x)), out=out)
+        logits = tap("logits", logits)
+        return logits
 
 
 def _integers(name: str, values: ArrayLike) -> Array:

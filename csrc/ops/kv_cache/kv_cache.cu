@@ -35,7 +35,64 @@ void launch_write(Stream& stream, const Tensor& k, const Tensor& v, const Tensor
          static_cast<int>(cache.k.shape[3]));
 }
 
+struct AdvanceTable {
+  const int32_t* blocks;
+  int64_t* slots;
+  int64_t max_blocks;
+};
+struct AdvanceTables {
+  AdvanceTable of[kMaxTables];
+  int count;
+};
+
+// A thread a sequence.
+__global__ void __launch_bounds__(kThreads)
+    kv_cache_advance_sm80_kernel(int32_t* seq_lens, int64_t* positions, int64_t num_sequences, AdvanceTables tables,
+                                 int64_t block_size) {
+  const int64_t s = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  ptx::wait_for_previous_kernel();
+  if (s >= num_sequences) return;
+  const int64_t position = seq_lens[s], place = position / block_size;
+  seq_lens[s] = static_cast<int32_t>(position + 1);
+  positions[s] = position;
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(kMaxTables); ++i) {
+    if (i >= tables.count) continue;
+    const AdvanceTable& t = tables.of[i];
+    const bool fits = position >= 0 && place < t.max_blocks;
+    const int64_t block = fits ? t.blocks[s * t.max_blocks + place] : -1;
+    t.slots[s] = block >= 0 ? block * block_size + position % block_size : -1;
+  }
+}
+
 }  // namespace
+
+void kv_cache_advance(Stream& stream, const Tensor& seq_lens, const Tensor& positions,
+                      const std::vector<SlotTable>& tables, int64_t block_size) {
+  check_dtype("seq_lens", seq_lens, {DType::i32});
+  check_dtype("positions", positions, {DType::i64});
+  check_shape("seq_lens", seq_lens, {-1}, "(num_sequences,)");
+  const int64_t n = seq_lens.shape[0];
+  check_shape("positions", positions, {n}, "(num_sequences,)");
+  check_value(block_size >= 1, "block_size is ", block_size, "; wanted 1 or more");
+  check_value(!tables.empty() && tables.size() <= kMaxTables, "there are ", tables.size(),
+              " block tables; wanted 1 to ", kMaxTables);
+  AdvanceTables all{};
+  for (const SlotTable& t : tables) {
+    check_dtype("block_table", t.block_table, {DType::i32});
+    check_dtype("slots", t.slots, {DType::i64});
+    check_shape("block_table", t.block_table, {n, -1}, "(num_sequences, max_blocks)");
+    check_contiguous("block_table", t.block_table);
+    check_shape("slots", t.slots, {n}, "(num_sequences,)");
+    check_no_overlap("slots", t.slots,
+                     {{"block_table", t.block_table}, {"seq_lens", seq_lens}, {"positions", positions}});
+    all.of[all.count++] = {t.block_table.as<int32_t>(), t.slots.as<int64_t>(), t.block_table.shape[1]};
+  }
+  check_no_overlap("positions", positions, "seq_lens", seq_lens);
+  record_kernel("kv_cache_advance", "kv_cache_advance_sm80_kernel");
+  launch(kv_cache_advance_sm80_kernel, dim3(grid_size(ceil_div(n, kThreads))), kThreads, 0, stream,
+         seq_lens.as<int32_t>(), positions.as<int64_t>(), n, all, block_size);
+}
 
 void kv_cache_write(Stream& stream, const Tensor& k, const Tensor& v, const Tensor& slots, const KvCache& cache) {
   check_kv_cache_write(k, v, slots, cache);

@@ -11,9 +11,15 @@
 // Calls:    in place on the caches; no overlap; a slot named twice keeps the later token; heads of many tokens are
 //           spread over threads; no scratch; the bits are those of every instruction set and number of threads.
 // CUDA:     float32 and bfloat16 caches; slots lie on the device: one out of range writes nothing, and where two
-//           tokens have one slot either may stay.
+//           tokens have one slot either may stay. kv_cache_advance: what the host does between decoding steps, in one
+//           launch: every sequence gets one token more. seq_lens (num_sequences) int32 goes up by one in place,
+//           positions (num_sequences) int64 is the new token's, and for each of up to 4 block tables
+//           (num_sequences, max_blocks) int32 slots (num_sequences) int64 says where it goes; -1, which writes
+//           nothing, where the table has no block for it.
 // Source:   Kwon et al. 2023 (PagedAttention), section 4.
 #pragma once
+
+#include <vector>
 
 #include "core/types.h"
 
@@ -49,6 +55,13 @@ void check_kv_cache_shape(const KvCache& cache);
 namespace cuda {
 class Stream;
 void kv_cache_write(Stream& stream, const Tensor& k, const Tensor& v, const Tensor& slots, const KvCache& cache);
+
+constexpr size_t kMaxTables = 4;
+struct SlotTable {
+  Tensor block_table, slots;
+};
+void kv_cache_advance(Stream& stream, const Tensor& seq_lens, const Tensor& positions,
+                      const std::vector<SlotTable>& tables, int64_t block_size);
 }  // namespace cuda
 
 }  // namespace mxmoe

@@ -64,24 +64,39 @@ struct Call {
   Epilogue epilogue;
 };
 
+// Layers of the same x.
+struct GemvCall {
+  Stream& stream;
+  const Tensor& x;
+  linear_mma::GemvLayers layers;
+  int64_t blocks;
+};
+
+void add_layer(GemvCall& c, const Tensor& weight, const Epilogue& epilogue) {
+  c.layers.of[c.layers.count++] = {weight.as<bf16>(), weight.stride[0], weight.shape[0], grid_size(c.blocks),
+                                   epilogue};
+  c.blocks += ceil_div(weight.shape[0], kTileRows);
+}
+
 template <int kTiles, typename X>
-void launch_gemv(const Call& c) {
-  const int64_t num_tokens = c.x.shape[0], out_features = c.weight.shape[0];
-  const dim3 grid(grid_size(ceil_div(out_features, kTileRows)),
-                  grid_depth(ceil_div(num_tokens, kTiles * kTileTokens)));
+void launch_gemv(const GemvCall& c) {
+  const int64_t num_tokens = c.x.shape[0];
+  const dim3 grid(grid_size(c.blocks), grid_depth(ceil_div(num_tokens, kTiles * kTileTokens)));
   record_kernel("linear", "linear_bf16_bf16_gemv_sm80_kernel");
   launch(linear_mma::linear_bf16_bf16_gemv_sm80_kernel<kTiles, X>, grid, kGemvThreads,
-         linear_mma::gemv_shared_bytes<kTiles>(), c.stream, c.x.as<X>(), c.x.stride[0], num_tokens,
-         c.weight.as<bf16>(), c.weight.stride[0], out_features, c.weight.shape[1], c.epilogue);
+         linear_mma::gemv_shared_bytes<kTiles>(), c.stream, c.x.as<X>(), c.x.stride[0], num_tokens, c.x.shape[1],
+         c.layers);
 }
 
 template <typename X>
-void gemv(const Call& c) {
+void gemv(const GemvCall& c) {
   const int64_t num_tokens = c.x.shape[0];
   if (num_tokens <= 8) return launch_gemv<1, X>(c);
   if (num_tokens <= 16) return launch_gemv<2, X>(c);
   launch_gemv<4, X>(c);
 }
+
+void gemv(const GemvCall& c) { c.x.dtype == DType::f32 ? gemv<float>(c) : gemv<bf16>(c); }
 
 void gemm(const Call& c) {
   const int64_t num_tokens = c.x.shape[0], out_features = c.weight.shape[0], k = c.weight.shape[1];
@@ -119,21 +134,50 @@ void check_on_gpu(const char* name, const LinearWeights& w, Activations activati
   check_value(activations != Activations::i8, "activations is 'int8'; wanted 'float32' or 'bf16' on a GPU");
 }
 
-void run(Stream& stream, const Tensor& x, const LinearWeights& w, Activations activations, const Tensor& residual,
-         const Tensor& y) {
-  if (x.shape[0] == 0 || w.weight.shape[0] == 0) return;
+Epilogue epilogue_of(const LinearWeights& w, const Tensor& residual, const Tensor& y) {
   Epilogue epilogue{};
   if (w.bias && w.bias.dtype == DType::f32) epilogue.bias_f32 = w.bias.as<float>();
   if (w.bias && w.bias.dtype == DType::bf16) epilogue.bias_bf16 = w.bias.as<bf16>();
   if (residual) epilogue.residual = residual.as<float>(), epilogue.residual_stride = residual.stride[0];
   epilogue.y = y.as<float>(), epilogue.y_stride = y.stride[0];
+  return epilogue;
+}
+
+// Past this a block of 128 x 128 does less idle work than reading the weights again costs.
+constexpr int64_t kMostGemvTokens = 64;
+
+bool takes_gemv(const Tensor& x, Activations activations) {
+  return activations != Activations::f32 && x.shape[0] <= kMostGemvTokens;
+}
+
+void run(Stream& stream, const Tensor& x, const LinearWeights& w, Activations activations, const Tensor& residual,
+         const Tensor& y) {
+  if (x.shape[0] == 0 || w.weight.shape[0] == 0) return;
+  const Epilogue epilogue = epilogue_of(w, residual, y);
+  if (takes_gemv(x, activations)) {
+    GemvCall call{stream, x, {}, 0};
+    add_layer(call, w.weight, epilogue);
+    return gemv(call);
+  }
   const Call call{stream, x, w.weight, epilogue};
-  const bool x_f32 = x.dtype == DType::f32;
-  if (activations == Activations::f32) return x_f32 ? unrounded<float>(call) : unrounded<bf16>(call);
-  // Past this a block of 128 x 128 does less idle work than reading the weights again costs.
-  constexpr int64_t kMostGemvTokens = 64;
-  if (x.shape[0] > kMostGemvTokens) return gemm(call);
-  x_f32 ? gemv<float>(call) : gemv<bf16>(call);
+  if (activations != Activations::f32) return gemm(call);
+  x.dtype == DType::f32 ? unrounded<float>(call) : unrounded<bf16>(call);
+}
+
+// One launch for every few layers.
+void run_side_by_side(Stream& stream, const Tensor& x, const std::vector<LinearWeights>& layers, const Tensor& y) {
+  GemvCall call{stream, x, {}, 0};
+  Tensor columns = y;
+  for (const LinearWeights& w : layers) {
+    columns.shape[1] = w.weight.shape[0];
+    if (columns.shape[1] > 0) add_layer(call, w.weight, epilogue_of(w, {}, columns));
+    columns.data = columns.as<float>() + columns.shape[1];
+    if (call.layers.count == linear_mma::kMaxGemvLayers) {
+      gemv(call);
+      call.layers = {}, call.blocks = 0;
+    }
+  }
+  if (call.layers.count > 0) gemv(call);
 }
 
 }  // namespace
@@ -149,6 +193,7 @@ void linear_group(Stream& stream, const Tensor& x, const std::vector<LinearWeigh
                   const Tensor& y) {
   const std::vector<int64_t> sizes = check_linear_group(x, layers, y);
   for (size_t i = 0; i < layers.size(); ++i) check_on_gpu(concat("weight[", i, "]").c_str(), layers[i], activations);
+  if (x.shape[0] > 0 && takes_gemv(x, activations)) return run_side_by_side(stream, x, layers, y);
   Tensor columns = y;
   for (size_t i = 0; i < layers.size(); ++i) {
     columns.shape[1] = sizes[i];

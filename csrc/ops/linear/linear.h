@@ -19,7 +19,8 @@
 //           linear_bf16_bf16_gemv_sm80_kernel multiply with mma.sync in slices of 384 along K, each summed from zero
 //           and the sums added in order, with the same assignment of K to the instruction's: a row's bits are the
 //           same from either, so that they do not depend on the number of tokens. linear_f32_bf16_sm80_kernel uses no
-//           tensor cores. Scratch for a float32 x, rounded, past 64 tokens.
+//           tensor cores. Scratch for a float32 x, rounded, past 64 tokens; up to there linear_group is one launch
+//           for every 4 layers.
 // Source:   model card section 2; block quantisation as in Dettmers et al. 2022, section 2.
 #pragma once
 

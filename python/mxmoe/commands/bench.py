@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import statistics
 import sys
 import time
@@ -16,7 +17,7 @@ from rich.progress import Progress
 from rich.table import Table
 
 from mxmoe import _core
-from mxmoe.ceilings import CeilingMeter
+from mxmoe.ceilings import CeilingMeter, GpuMeter
 from mxmoe.costs import Costs
 from mxmoe.generate import Model
 from mxmoe.kv_cache import KVCache
@@ -100,16 +101,16 @@ def _fill(model: Model, cache: KVCache, sequences: list[int], depth: int) -> Non
     Time depends on how many there are, not on what they are; computing them would take as long as a prefill.
     """
     config, ops = model.config, model.embed_tokens.ops
-    rng = np.random.default_rng(_SEED)
+    rng, put = np.random.default_rng(_SEED), cache.device.put
     shape = (min(depth, cache.step_tokens), config.num_key_value_heads, config.head_dim)
-    k, v = (rng.standard_normal(shape, np.float32).astype(ml_dtypes.bfloat16) for _ in range(2))
+    k, v = (put(rng.standard_normal(shape, np.float32).astype(ml_dtypes.bfloat16)) for _ in range(2))
     for sequence in sequences:
         for begin in range(0, depth, cache.step_tokens):
             count = min(cache.step_tokens, depth - begin)
             pages = cache.reserve([sequence], [count])
             for held, kind in zip(cache.layers, config.layer_types, strict=True):
                 scales = {"k_scales": held.k_scales, "v_scales": held.v_scales}
-                ops.kv_cache_write(k[:count], v[:count], held.k, held.v, pages[kind].slots, **scales)
+                ops.kv_cache_write(k[:count], v[:count], held.k, held.v, put(pages[kind].slots), **scales)
             cache.commit([sequence], [count])
 
 
@@ -164,9 +165,12 @@ class Runs:
         """Time all decoding steps."""
         self._restart(list(range(self.plan.batch)))
         bounds = list(range(self.plan.batch + 1))
+        # Where a device can choose, as greedy generation lets it, logits do not come to the host.
+        last = functools.partial(self.model.forward, logits="last")
+        step = self.model.likeliest if self.model.chooses_on_device else last
         begin = time.perf_counter()
         for token_ids in self._steps:
-            self.model.forward(token_ids, cache=self._cache, cu_seqlens=bounds, logits="last")
+            step(token_ids, cache=self._cache, cu_seqlens=bounds)
         self.decode_seconds.append(time.perf_counter() - begin)
 
 
@@ -182,7 +186,7 @@ def _rates(tokens: int, seconds: list[float]) -> dict[str, Any]:
     }
 
 
-def _report(runs: Runs, meter: CeilingMeter, memory: _Memory) -> dict[str, Any]:
+def _report(runs: Runs, meter: CeilingMeter | GpuMeter, memory: _Memory) -> dict[str, Any]:
     plan, options, config = runs.plan, runs.model.options, runs.model.config
     costs = Costs(config, options.dense, options.kv)
     ceilings = meter.median()
@@ -190,7 +194,8 @@ def _report(runs: Runs, meter: CeilingMeter, memory: _Memory) -> dict[str, Any]:
     operations = costs.prefill_operations(plan.prompt_tokens, plan.depth)
     prefill["gflop_per_token"] = operations / plan.prompt_tokens / 1e9
     prefill["gflop_per_s"] = operations / prefill["seconds"] / 1e9
-    prefill["share_of_peak"] = prefill["gflop_per_s"] / ceilings.peak(options.activations)
+    peak = ceilings.peak(options.activations)
+    prefill["share_of_peak"] = None if peak is None else prefill["gflop_per_s"] / peak
 
     decode = _rates(plan.new_tokens * plan.batch, runs.decode_seconds)
     steps = [costs.decode_bytes(plan.depth + i, plan.batch, runs.experts_read) for i in range(plan.new_tokens)]
@@ -208,6 +213,7 @@ def _report(runs: Runs, meter: CeilingMeter, memory: _Memory) -> dict[str, Any]:
         | {"samples": len(reads), "read_gb_s_min": min(reads), "read_gb_s_max": max(reads)},
         "peak_rss_bytes": memory.peak(),
         "model": str(runs.model.path),
+        "device": options.device,
         "adapter": None if options.adapter is None else str(options.adapter),
         "depth": plan.depth,
         "batch": plan.batch,
@@ -229,7 +235,7 @@ def run(model: Model, plan: Plan, progress: bool = False) -> dict[str, Any]:
     runs = Runs(model, plan)
     runs.warm_up()
     memory = _Memory()
-    meter = CeilingMeter(model.options.num_threads)
+    meter = GpuMeter() if model.options.device == "cuda" else CeilingMeter(model.options.num_threads)
     memory.held = meter.buffer_bytes
     with Progress(console=Console(stderr=True), transient=True, disable=not progress) as bar:
         task = bar.add_task("Measuring", total=2 * plan.repetitions)
@@ -247,7 +253,8 @@ def show(result: dict[str, Any]) -> None:
     prefill, decode, ceilings = result["prefill"], result["decode"], result["ceilings"]
     console = Console()
     console.print(
-        f"{result['model']}: dense {result['dense']}, kv {result['kv']}, activations {result['activations']}; "
+        f"{result['model']}: {result['device']}, dense {result['dense']}, kv {result['kv']}, "
+        f"activations {result['activations']}; "
         f"{result['threads']} threads, {result['isa']}; depth {result['depth']}, batch {result['batch']}; "
         f"median of {result['repetitions']}",
         highlight=False,
@@ -258,7 +265,7 @@ def show(result: dict[str, Any]) -> None:
     cost = (f"{prefill['gflop_per_token']:.3g} GFLOP", f"{decode['gb_per_token']:.3g} GB")
     rate = (f"{prefill['gflop_per_s']:.4g} GFLOP/s", f"{decode['gb_per_s']:.3g} GB/s")
     share = (
-        f"{prefill['share_of_peak']:.0%} of {ceilings[peak]:.4g} GFLOP/s",
+        f"{prefill['share_of_peak']:.0%} of {ceilings[peak]:.4g} GFLOP/s" if ceilings[peak] else "not measured",
         f"{decode['share_of_bandwidth']:.0%} of {ceilings['read_gb_s']:.3g} GB/s",
     )
     for i, (name, part) in enumerate({"prefill": prefill, "decode": decode}.items()):

@@ -38,7 +38,7 @@ def run(model: Model) -> dict[str, Any]:
     weights = sum(int(c["bytes"]) for c in components.values())
     contexts = {}
     for tokens in sorted({min(n, config.max_position_embeddings) for n in _CONTEXTS}):
-        cache = model.new_cache(tokens).nbytes
+        cache = model.kv_cache_bytes(tokens)
         contexts[str(tokens)] = {"kv_cache_bytes": cache, "total_bytes": weights + cache}
     fields = {name: getattr(config, name) for name in config.__dataclass_fields__ if name != "rope"}
     sliding = config.layer_types.count("sliding_attention")
