@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+import gpu_models
 from checkpoints import write
+from compare import assert_exact
 from harness import Harness, Peer, Result, Work, copies
+from make_checkpoint import SIZES
 from mxmoe.ceilings import CeilingMeter, Ceilings
 from peers import agreement, rounded_range
 from shapes import shapes
@@ -96,3 +99,14 @@ def test_the_rounded_twin_differs_in_one_word(tmp_path: Path) -> None:
         assert config == before
         assert (twin / "model.safetensors").samefile(folder / "model.safetensors")
     assert not twin.exists() and (folder / "model.safetensors").is_file()
+
+
+def test_two_layers_stand_for_all(tmp_path: Path) -> None:
+    model = gpu_models.random_model(SIZES["tiny"], tmp_path / "x", "cpu")
+    assert len(model.layers) == SIZES["tiny"].num_hidden_layers == 4
+    queries = [layer.self_attn.q_proj.weight for layer in model.layers]
+    assert_exact(queries[2], queries[0])
+    assert_exact(queries[3], queries[1])
+    assert (queries[0] != queries[1]).any()
+    assert [layer.self_attn.window for layer in model.layers] == [16, None, 16, None]
+    assert np.isfinite(model.forward(np.arange(20))).all()

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 
 import checkpoints
+import gpu_models
 import mxmoe
 from compare import MODEL_NOISE, assert_exact, assert_model_close
+from make_checkpoint import SIZES
 from mxmoe import cuda
 from mxmoe.checkpoint import Checkpoint
 from mxmoe.kv_cache import KVCache
@@ -456,3 +458,13 @@ def test_refusals_leave_the_cache_as_it_was(model):
     assert other.config == model.config
     with pytest.raises(ValueError, match="another configuration"):
         model.check_cache(KVCache(replace(CONFIG, sliding_window=21), 5))
+
+
+def test_random_models_on_a_gpu(gpu, tmp_path, monkeypatch):
+    monkeypatch.setattr("mxmoe.ceilings._BUFFER_BYTES", 1 << 20)
+    model = gpu_models.random_model(SIZES["tiny"], tmp_path / "x")
+    runs = gpu_models.measure(model, [1, 2], 4, 2)
+    assert [(run["device"], run["batch"]) for run in runs] == [("cuda", 1), ("cuda", 2)]
+    weights = [layer.mlp.experts.down_blocks for layer in model.layers]
+    assert_exact(weights[2].numpy(), weights[0].numpy())  # on the GPU twice
+    gpu_models.show({"tiny": runs})

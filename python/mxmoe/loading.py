@@ -254,10 +254,21 @@ def load(
     tokenizer = None
     if checkpoint.tokenizer_path is not None:
         tokenizer = Tokenizer.from_file(checkpoint.tokenizer_path)
-    build = _Builder(checkpoint, options)
+    return build_model(checkpoint, options, tokenizer, lora, progress)
+
+
+def build_model(
+    checkpoint: Checkpoint,
+    options: LoadOptions,
+    tokenizer: Tokenizer | None = None,
+    lora: Adapter | None = None,
+    progress: bool | None = False,
+) -> Model:
+    """Make a model of a checkpoint's weights; arguments as `load` has found them."""
+    config, build = checkpoint.config, _Builder(checkpoint, options)
     share = checkpoint.nbytes // (config.num_hidden_layers + 1)
-    layers = []
-    with _progress_bar(f"Loading {path.name}", share * (config.num_hidden_layers + 1), progress) as advance:
+    layers, title = [], f"Loading {checkpoint.path.name}"
+    with _progress_bar(title, share * (config.num_hidden_layers + 1), progress) as advance:
         # The largest matrix first: what it takes to convert it is given back before the layers come.
         lm_head = build.lm_head()
         advance(share)
