@@ -10,7 +10,7 @@ import torch
 
 import torch_cases as cases
 from compare import assert_close, assert_exact
-from mxmoe.integrations import _torch_ops
+from mxmoe.integrations import _torch_define
 from mxmoe.integrations import torch as mx
 from torch_cases import dense_arguments, normal
 
@@ -19,8 +19,8 @@ BF16 = torch.bfloat16
 
 def test_keys_and_values_are_read_where_they_lie(monkeypatch):
     seen = []
-    original = _torch_ops._CPU.sink_attention
-    monkeypatch.setattr(_torch_ops._CPU, "sink_attention", lambda *a, **k: seen.append(a) or original(*a, **k))
+    original = _torch_define._CPU.sink_attention
+    monkeypatch.setattr(_torch_define._CPU, "sink_attention", lambda *a, **k: seen.append(a) or original(*a, **k))
     whole = normal(2, 12, 8, 16)  # a fused projection: (batch, sequence, heads, head_dim)
     k, v = whole[:, :9, 2:4].transpose(1, 2), whole[:, 1:10, 4:6].transpose(1, 2)
     got = mx.sink_attention_bhsd(normal(2, 4, 9, 16), k, v, normal(4), sm_scale=0.25)

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import torch_cases as cases
 from compare import assert_exact
 from mxmoe import cuda, ops
-from mxmoe.integrations import _torch_ops
+from mxmoe.integrations import _torch_define, _torch_ops
 from mxmoe.integrations import torch as mx
 from torch_cases import dense_arguments, linear_arguments, moe_arguments, normal, paged_arguments
 
@@ -314,13 +314,13 @@ def test_compiled_gradients_are_eager_ones(name):
 @pytest.mark.parametrize("name", ["linear bfloat16", "mxfp4_moe bf16", "sink_attention bf16", "embedding float32"])
 def test_memory_is_read_and_written_in_place(name, monkeypatch):
     seen: dict[str, int] = {}
-    original = getattr(_torch_ops._CPU, op_name(name))
+    original = getattr(_torch_define._CPU, op_name(name))
 
     def watch(*args: Any, **kwargs: Any) -> Any:
         seen.update({i: x.data_ptr() for i, x in [*enumerate(args), *kwargs.items()] if isinstance(x, torch.Tensor)})
         return original(*args, **kwargs)
 
-    monkeypatch.setattr(_torch_ops._CPU, op_name(name), watch)
+    monkeypatch.setattr(_torch_define._CPU, op_name(name), watch)
     arguments = CALLS[name]()
     want = function_of(name)(**arguments)
     given = {x.data_ptr() for x in arguments.values() if isinstance(x, torch.Tensor)}
@@ -447,14 +447,14 @@ def test_errors(name, changes, error, message):
 
 def test_devices(monkeypatch):
     with pytest.raises(ValueError, match="a tensor is on meta; wanted the CPU or a CUDA device"):
-        _torch_ops._backend(torch.empty(3, device="meta"))
+        _torch_define._backend(torch.empty(3, device="meta"))
     monkeypatch.setattr(cuda, "problem", lambda: "no NVIDIA driver is installed")
     says = "a tensor is on cuda:0, where mxmoe cannot compute: no NVIDIA driver is installed"
     with FakeTensorMode(), pytest.raises(ValueError, match=says):
-        _torch_ops._backend(torch.empty(3, device="cuda:0"))
+        _torch_define._backend(torch.empty(3, device="cuda:0"))
     monkeypatch.setattr(cuda, "problem", lambda: None)
     with FakeTensorMode():
-        assert _torch_ops._backend(torch.empty(3, device="cuda:0")) is ops  # which knows where an array lies
+        assert _torch_define._backend(torch.empty(3, device="cuda:0")) is ops  # which knows where an array lies
 
 
 BLOCKED = """

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mxmoe.integrations import _torch_grad as gradients
-from mxmoe.integrations._torch_ops import (
+from mxmoe.integrations._torch_define import (
     PairOp,
     TensorOp,
     _backend,
