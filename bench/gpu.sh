@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything that only a GPU can judge, in one command; or the parts that are named:
 #   bench/gpu.sh [build] [tests] [repeats] [sanitizer] [models]
-# build      the package with its CUDA extension into this Python's environment (-e PIP="pip install ..." for another way)
+# build      the package with its CUDA extension into the environment of PYTHON (python3); PIP is how (python3 -m pip install)
 # tests      op and model tests on the GPU: fresh random inputs, poisoned outputs
 # repeats    the ops' determinism tests again and again, REPEATS times (20)
 # sanitizer  compute-sanitizer's memcheck and racecheck over the smallest op tests

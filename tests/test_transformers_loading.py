@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -159,6 +161,35 @@ def test_torch_rests_while_decoding(first: Case) -> None:
         assert torch.get_num_threads() == 3
     finally:
         torch.set_num_threads(before)
+
+
+def test_torch_rests_in_each_thread_by_itself(first: Case) -> None:
+    model, seen = copy.deepcopy(load_mxmoe(first.path)), []
+    decoding, reading = threading.Event(), threading.Event()
+    arrived = {1: decoding, 40: reading}
+
+    def wait(_: Any, args: Any, output: Any) -> None:
+        tokens = output.shape[1]
+        arrived[tokens].set()
+        # The step of one token begins first and ends first, while the other forward is under way.
+        assert (reading if tokens == 1 else finished).wait(60)
+
+    def decode() -> None:
+        torch.set_num_threads(2)
+        with torch.no_grad():
+            model(torch.ones(1, 1).long())
+        seen.append(torch.get_num_threads())
+        finished.set()
+
+    finished = threading.Event()
+    model.model.layers[0].register_forward_hook(wait)
+    thread = threading.Thread(target=decode)
+    thread.start()
+    assert decoding.wait(60)
+    with torch.no_grad():
+        model(torch.ones(1, 40).long())
+    thread.join()
+    assert seen == [2]
 
 
 def edited(case: Case, folder: Path, edit: Any) -> Path:

@@ -49,6 +49,9 @@ class MxmoeConfig(QuantizationConfigMixin):
     Notes
     -----
     Written to a ``config.json`` it is an ``mxfp4`` configuration again, as the checkpoint had it.
+
+    During a forward of at most 16 tokens torch's own operators run in the calling thread alone
+    (``torch.set_num_threads(1)``, set back at its end): torch's waiting threads would hold the kernels' CPUs.
     """
 
     def __init__(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ class _Rest:
     """
 
     def __init__(self) -> None:
-        self._before: list[int | None] = []
+        # By calling thread, innermost forward last: several may run one model at once.
+        self._before: dict[int, list[int | None]] = {}
 
     def begin(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
@@ -29,14 +31,17 @@ class _Rest:
         given = [*args[:1], *(kwargs.get(name) for name in ("input_ids", "inputs_embeds"))]
         tokens = next((x for x in given if isinstance(x, torch.Tensor)), None)
         few = tokens is not None and tokens.shape[:2].numel() <= _FEW_TOKENS
-        self._before.append(torch.get_num_threads() if few else None)
+        self._before.setdefault(threading.get_ident(), []).append(torch.get_num_threads() if few else None)
         if few:
             torch.set_num_threads(1)
 
     def end(self, *_: Any) -> None:
-        if torch.compiler.is_compiling() or not self._before:
+        stack = None if torch.compiler.is_compiling() else self._before.get(threading.get_ident())
+        if not stack:
             return
-        before = self._before.pop()
+        before = stack.pop()
+        if not stack:
+            del self._before[threading.get_ident()]
         if before is not None:
             torch.set_num_threads(before)
 
