@@ -152,6 +152,42 @@ def test_every_scale_gives_the_same_bits(isa, byte, activations):
     assert identical(ops.mxfp4_moe(x, ids, shares, **packed, activations=activations), want)
 
 
+@pytest.mark.parametrize(
+    "gate_up, down, magnitudes",
+    [
+        ((107, 148), (107, 148), (-2, 2)),
+        ((127, 128), (107, 108), (-34, -30)),
+        ((127, 128), (1, 20), (-8, -4)),
+        ((147, 148), (127, 128), (31.6, 32)),
+        ((230, 253), (127, 128), (-2, 2)),
+        ((0, 255), (0, 255), (-44, 8)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("activations", MODES)
+def test_any_magnitude_gives_the_same_bits(isa, gate_up, down, magnitudes, activations):
+    """Many tokens of packed weights may have the scales in their weights, where that can change nothing."""
+    rng = np.random.default_rng(7)
+    weights = moe_weights(rng, 96, 64, experts=2)
+    weights["gate_up_scales"][:] = rng.integers(*gate_up, weights["gate_up_scales"].shape)
+    weights["down_scales"][:] = rng.integers(*down, weights["down_scales"].shape)
+    for name in ("gate_up_bias", "down_bias"):
+        weights[name][:] = 0
+    x = normal(rng, (40, 96)) * np.float32(10) ** rng.uniform(*magnitudes, (40, 1)).astype(np.float32)
+    x[rng.random(x.shape) < 0.1] = 0
+    x[20:] = normal(rng, (20, 96))
+    ids, shares = np.arange(2, dtype=np.int32).repeat(20)[:, None], np.ones((40, 1), np.float32)
+    packed = weights | packed_matrix("gate_up", weights) | packed_matrix("down", weights)
+    with np.errstate(over="ignore", invalid="ignore"):
+        want = ops.mxfp4_moe(x, ids, shares, **weights, activations=activations)
+        got = ops.mxfp4_moe(x, ids, shares, **packed, activations=activations)
+        alone = ops.mxfp4_moe(x[7:8], ids[7:8], shares[7:8], **packed, activations=activations)
+    for y in (want, got, alone):
+        y[np.isnan(y)] = np.nan  # whichever it is
+    assert identical(got, want)
+    assert identical(alone, want[7:8])
+
+
 # Layers that hold packed weights
 
 

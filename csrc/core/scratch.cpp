@@ -1,5 +1,8 @@
 #include "core/scratch.h"
 
+#include <sys/mman.h>
+
+#include <cstdlib>
 #include <memory>
 #include <new>
 
@@ -7,11 +10,28 @@
 
 namespace mxmoe {
 namespace {
+struct Free {
+  void operator()(unsigned char* memory) const { std::free(memory); }
+};
 struct Block {
-  std::unique_ptr<unsigned char[]> memory;
+  std::unique_ptr<unsigned char[], Free> memory;
   size_t size = 0;
 };
 thread_local Block block;
+
+// Rows of a prefill are megabytes, read in an order of their own: on huge pages, where the system has them.
+constexpr size_t kHugePage = size_t{2} << 20;
+
+unsigned char* allocate(size_t bytes) {
+  const size_t align = bytes < kHugePage ? kScratchAlign : kHugePage;
+  const size_t rounded = (bytes + align - 1) / align * align;
+  void* memory = std::aligned_alloc(align, rounded);
+  if (memory == nullptr) throw std::bad_alloc();
+#if defined(MADV_HUGEPAGE)
+  if (align == kHugePage) (void)madvise(memory, rounded, MADV_HUGEPAGE);  // a wish
+#endif
+  return static_cast<unsigned char*>(memory);
+}
 }  // namespace
 
 size_t checked_product(const char* what, std::initializer_list<int64_t> factors) {
@@ -27,16 +47,14 @@ size_t checked_product(const char* what, std::initializer_list<int64_t> factors)
 }
 
 Scratch::Scratch(size_t total_bytes) {
-  const size_t wanted = total_bytes + kScratchAlign;
-  if (block.size < wanted) {
+  if (block.size < total_bytes) {
     block.memory.reset();
     block.size = 0;
-    block.memory.reset(new unsigned char[wanted]);
-    block.size = wanted;
+    block.memory.reset(allocate(total_bytes));
+    block.size = total_bytes;
   }
-  const auto address = reinterpret_cast<uintptr_t>(block.memory.get());
-  next_ = block.memory.get() + (kScratchAlign - address % kScratchAlign) % kScratchAlign;
-  end_ = block.memory.get() + block.size;
+  next_ = block.memory.get();
+  end_ = next_ + block.size;
 }
 
 unsigned char* Scratch::take_bytes(size_t size) {

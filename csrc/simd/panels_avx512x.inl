@@ -1,8 +1,8 @@
 // Matrix products by panels: sixteen weight rows in the lanes of a vector, so that nothing is summed across lanes.
 // Every output has one accumulator that sees the blocks of K in order, whatever the number of tokens and the layout
 // of the weights, so its bits depend on its own row alone. Few tokens read the weights once, straight from memory;
-// for many, a chunk of two panels is decoded into the first-level cache and used for all of them. Included inside the
-// namespace and target region of avx512x.
+// for many, a chunk of two panels is decoded into the first-level cache, while the first of them are multiplied, and
+// used for all the others. Included inside the namespace and target region of avx512x.
 
 constexpr int kTileRows = 2 * kPanelRows;  // weight rows of one pass, and the row stride of its results
 constexpr int kTileTokens = 96;            // tokens of one pass: what they sum up stays in the second-level cache
@@ -72,8 +72,50 @@ inline void stored_bf16_scales(const StoredPanel& panel, int64_t first, int coun
   }
 }
 
+// --- ranges ---
+
+// The bits of the lowest and highest of some positive float32, which are ordered as the numbers are.
+struct ScaleRange {
+  int32_t lowest, highest;
+};
+constexpr ScaleRange kNoScales = {0x7fffffff, 0};
+
+constexpr int32_t exponent_of(int32_t bits) { return bits >> 23; }
+
+inline ScaleRange join(const ScaleRange& a, const ScaleRange& b) {
+  return {a.lowest < b.lowest ? a.lowest : b.lowest, a.highest > b.highest ? a.highest : b.highest};
+}
+
+// Of e8m0 scales.
+inline ScaleRange e8m0_range(const char* bytes, int count) {
+  __m512i lowest = _mm512_set1_epi8(-1), highest = _mm512_setzero_si512();
+  for (int i = 0; i < count; i += 64) {
+    const __mmask64 some = count - i < 64 ? (uint64_t{1} << (count - i)) - 1 : ~uint64_t{0};
+    const __m512i x = _mm512_maskz_loadu_epi8(some, bytes + i);
+    lowest = _mm512_mask_min_epu8(lowest, some, lowest, x), highest = _mm512_max_epu8(highest, x);
+  }
+  // The largest are the smallest of what is left to 255.
+  const auto smallest = [](__m512i x) {
+    const __m256i half = _mm256_min_epu8(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
+    const __m128i bytes16 = _mm_min_epu8(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    const __m128i words = _mm_min_epu8(bytes16, _mm_srli_epi16(bytes16, 8));
+    return _mm_cvtsi128_si32(_mm_minpos_epu16(_mm_and_si128(words, _mm_set1_epi16(255)))) & 255;
+  };
+  const auto bits = [](int byte) { return byte == 0 ? 0x00400000 : byte << 23; };
+  return {bits(smallest(lowest)), bits(255 - smallest(_mm512_xor_si512(highest, _mm512_set1_epi8(-1))))};
+}
+
+// Prepared rows end with the range of what a product's scales meet there: the scales of an int8 row's blocks, the
+// magnitudes of a bfloat16 row without its zeros.
+inline ScaleRange* row_range(const PreparedRows& a, int64_t row) {
+  return reinterpret_cast<ScaleRange*>(a.scales + (row + 1) * a.block_stride) - 1;
+}
+
 // --- formats ---
-// kPowers: an int8 product's scales of the weights are powers of two.
+// kPowers: the scales of the weights are powers of two. Where folds() says that nothing can overflow or vanish, their
+// exponents are added instead of multiplying sums by them: to the activations' scales in an int8 product, to the
+// weights themselves, as they are decoded for many tokens, in one of bfloat16. The bits are the same.
+// kGroup: how many tokens are worked on at a time, with two panels.
 // kVectors vectors make a block of a panel: bytes for vpdpbusd, four of K a lane, or pairs of bfloat16 for vdpbf16ps.
 // vector<v>(dwords) makes the v-th from the packed dwords of the block; unpack() writes all of a stored block.
 
@@ -82,7 +124,8 @@ inline void put(uint8_t* out, __m512i x) { _mm512_store_si512(out, x); }
 // Codes raised by 12 to be unsigned, and doubled to be integers: the activations' scales are halved for it.
 struct PanelI8Mxfp4 {
   static constexpr bool kInteger = true, kScaled = true, kDecoded = true, kPowers = true;
-  static constexpr int kVectors = 8, kChunk = 16, kPackedBytes = kPackedMxfp4Bytes, kPackedScaleBytes = kPanelRows;
+  static constexpr int kGroup = 6, kVectors = 8, kChunk = 16, kPackedBytes = kPackedMxfp4Bytes,
+                       kPackedScaleBytes = kPanelRows;
   static MXMOE_INLINE __m512i decode(__m512i codes) {
     const __m512i table =
         _mm512_broadcast_i32x4(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
@@ -93,6 +136,17 @@ struct PanelI8Mxfp4 {
     return decode(v % 2 == 0 ? dword(v / 2) : _mm512_srli_epi16(dword(v / 2), 4));
   }
   static __m512 scale(const char* p) { return packed_e8m0_scale(p); }
+  // Every product of two scales is a normal number.
+  static bool folds(const ScaleRange& weights, const ScaleRange& activations) {
+    constexpr int kBias = 127, kTop = 254;
+    const auto normal = [](int32_t exponent) { return exponent > 0 && exponent <= kTop; };
+    for (const int32_t w : {exponent_of(weights.lowest), exponent_of(weights.highest)}) {
+      for (const int32_t a : {exponent_of(activations.lowest), exponent_of(activations.highest)}) {
+        if (!normal(w) || !normal(a) || !normal(w + a - kBias)) return false;
+      }
+    }
+    return true;
+  }
   static void unpack(const StoredPanel& panel, int64_t block, int64_t, uint8_t* out, int stride) {
     const Dwords codes = gather_dwords(panel, block * kMxBlockBytes);
     for (int i = 0; i < 4; ++i) {
@@ -108,7 +162,8 @@ struct PanelI8Mxfp4 {
 // Codes raised by 128.
 struct PanelI8I8 {
   static constexpr bool kInteger = true, kScaled = true, kDecoded = false, kPowers = false;
-  static constexpr int kVectors = 8, kChunk = 16, kPackedBytes = kPackedInt8Bytes, kPackedScaleBytes = 2 * kPanelRows;
+  static constexpr int kGroup = 6, kVectors = 8, kChunk = 16, kPackedBytes = kPackedInt8Bytes,
+                       kPackedScaleBytes = 2 * kPanelRows;
   template <int v, class Load>
   static MXMOE_INLINE __m512i vector(const Load& dword) {
     return dword(v);
@@ -128,21 +183,49 @@ struct PanelI8I8 {
 };
 
 struct PanelBf16Mxfp4 {
-  static constexpr bool kInteger = false, kScaled = true, kDecoded = true, kPowers = false;
-  static constexpr int kVectors = 16, kChunk = 8, kPackedBytes = kPackedMxfp4Bytes, kPackedScaleBytes = kPanelRows;
+  static constexpr bool kInteger = false, kScaled = true, kDecoded = true, kPowers = true;
+  static constexpr int kGroup = 8, kVectors = 16, kChunk = 8, kPackedBytes = kPackedMxfp4Bytes,
+                       kPackedScaleBytes = kPanelRows;
   // The permute looks at the low five bits of a word, the fifth of which is part of another code: the table of the
   // sixteen values as bfloat16 stands twice.
-  static MXMOE_INLINE __m512i decode(__m512i words) {
+  static MXMOE_INLINE __m512i look_up(__m512i words, int raised, int minus_zero) {
+    const auto value = [&](int bits) { return static_cast<short>(bits + raised); };
     const __m512i table = _mm512_broadcast_i64x4(
-        _mm256_setr_epi16(0x0000, 0x3f00, 0x3f80, 0x3fc0, 0x4000, 0x4040, 0x4080, 0x40c0, static_cast<short>(0x8000),
-                          static_cast<short>(0xbf00), static_cast<short>(0xbf80), static_cast<short>(0xbfc0),
-                          static_cast<short>(0xc000), static_cast<short>(0xc040), static_cast<short>(0xc080),
-                          static_cast<short>(0xc0c0)));
+        _mm256_setr_epi16(0, value(0x3f00), value(0x3f80), value(0x3fc0), value(0x4000), value(0x4040), value(0x4080),
+                          value(0x40c0), static_cast<short>(minus_zero), value(0xbf00), value(0xbf80), value(0xbfc0),
+                          value(0xc000), value(0xc040), value(0xc080), value(0xc0c0)));
     return _mm512_permutexvar_epi16(words, table);
+  }
+  static MXMOE_INLINE __m512i decode(__m512i words) { return look_up(words, 0, 0x8000); }
+  // The exponents stand in the table as high as they go; what a scale leaves of that is taken off, and zeros stay.
+  static constexpr int kRaised = 125, kExponentBit = 7;
+  static MXMOE_INLINE __m512i decode(__m512i words, __m512i lowered) {
+    return _mm512_subs_epu16(look_up(words, kRaised << kExponentBit, 0), lowered);
+  }
+  // From scales that fold, for both words of a lane.
+  static MXMOE_INLINE __m512i lowered(__m512 scale) {
+    const __m512i exponents = _mm512_srli_epi32(_mm512_castps_si512(scale), 23);
+    const __m512i off = _mm512_sub_epi32(_mm512_set1_epi32(127 + kRaised), exponents);
+    return _mm512_mullo_epi32(off, _mm512_set1_epi32(0x10001 << kExponentBit));
+  }
+  // A product, and what sums of products leave when they cancel, is a multiple of 2^-7 of the smallest activation and
+  // of half the smallest scale, 2^-108 or more: all are normal numbers, so that it is the same whether they or their
+  // sum are scaled.
+  static bool folds(const ScaleRange& weights, const ScaleRange& activations) {
+    return exponent_of(weights.lowest) >= 127 - 20 && exponent_of(weights.highest) <= 127 + 20 &&
+           exponent_of(activations.lowest) >= 127 - 80 && exponent_of(activations.highest) <= 127 + 60;
+  }
+  template <int v, class Load>
+  static MXMOE_INLINE __m512i words(const Load& dword) {
+    return v % 4 == 0 ? dword(v / 4) : _mm512_srli_epi16(dword(v / 4), 4 * (v % 4));
   }
   template <int v, class Load>
   static MXMOE_INLINE __m512i vector(const Load& dword) {
-    return decode(v % 4 == 0 ? dword(v / 4) : _mm512_srli_epi16(dword(v / 4), 4 * (v % 4)));
+    return decode(words<v>(dword));
+  }
+  template <int v, class Load>
+  static MXMOE_INLINE __m512i vector(const Load& dword, __m512i lowered) {
+    return decode(words<v>(dword), lowered);
   }
   static __m512 scale(const char* p) { return packed_e8m0_scale(p); }
   static void unpack(const StoredPanel& panel, int64_t block, int64_t, uint8_t* out, int stride) {
@@ -165,7 +248,8 @@ struct PanelBf16Mxfp4 {
 
 struct PanelBf16I8 {
   static constexpr bool kInteger = false, kScaled = true, kDecoded = true, kPowers = false;
-  static constexpr int kVectors = 16, kChunk = 8, kPackedBytes = kPackedInt8Bytes, kPackedScaleBytes = 2 * kPanelRows;
+  static constexpr int kGroup = 8, kVectors = 16, kChunk = 8, kPackedBytes = kPackedInt8Bytes,
+                       kPackedScaleBytes = 2 * kPanelRows;
   // Byte `kByte` of every lane as float32: exact in its upper half, which is the bfloat16.
   template <int kByte>
   static MXMOE_INLINE __m512i as_float(__m512i codes) {
@@ -197,7 +281,7 @@ struct PanelBf16I8 {
 
 struct PanelBf16Bf16 {
   static constexpr bool kInteger = false, kScaled = false, kDecoded = false, kPowers = false;
-  static constexpr int kVectors = 16, kChunk = 8, kPackedBytes = kPackedBf16Bytes, kPackedScaleBytes = 0;
+  static constexpr int kGroup = 8, kVectors = 16, kChunk = 8, kPackedBytes = kPackedBf16Bytes, kPackedScaleBytes = 0;
   template <int v, class Load>
   static MXMOE_INLINE __m512i vector(const Load& dword) {
     return dword(v);
@@ -214,25 +298,6 @@ struct PanelBf16Bf16 {
   static void unpack_scales(const StoredPanel&, int64_t, int, float*, int) {}
 };
 
-// The bits of the lowest and highest of some positive float32, which are ordered as the numbers are.
-struct ScaleRange {
-  int32_t lowest, highest;
-};
-constexpr ScaleRange kNoScales = {0x7fffffff, 0};
-
-// Whether every product of two such scales, the one a power of two, is a normal number. Then it can be had by adding
-// exponents, on units that have time for it, where a multiplication would wait for those that do the dot products.
-inline bool exponents_add(const ScaleRange& powers, const ScaleRange& others) {
-  constexpr int kBits = 23, kBias = 127, kTop = 254;
-  const auto normal = [](int32_t exponent) { return exponent > 0 && exponent <= kTop; };
-  for (const int32_t power : {powers.lowest >> kBits, powers.highest >> kBits}) {
-    for (const int32_t other : {others.lowest >> kBits, others.highest >> kBits}) {
-      if (!normal(power) || !normal(other) || !normal(power + other - kBias)) return false;
-    }
-  }
-  return true;
-}
-
 // --- where a product finds the blocks of one or two panels ---
 
 // Decoded, in the first-level cache.
@@ -240,7 +305,6 @@ template <class F>
 struct alignas(64) Chunk {
   uint8_t weights[F::kChunk * F::kVectors * kTileRows * 4];  // [block][vector][panel][row] dwords
   float scales[F::kScaled ? F::kChunk * kTileRows : 16];     // [block][panel][row]
-  ScaleRange range;                                          // of the scales, with kPowers
 };
 
 template <class F, int P>
@@ -253,7 +317,7 @@ struct ChunkSource {
   MXMOE_INLINE __m512 scale(int block, int panel) const {
     return _mm512_load_ps(chunk.scales + (block * P + panel) * kPanelRows);
   }
-  void fetch(int) const {}
+  void begin(int) const {}
 };
 
 // As packed in memory, decoded in registers; with kFetch not yet in a cache.
@@ -274,7 +338,7 @@ struct PackedSource {
   // Fetches some way ahead: the hardware follows a panel, but starts anew at each page and each tile. Past the end of
   // a panel comes the one that will take its place in the next tile. (Inlined by force: a function that does nothing
   // but fetch counts as one without effect, and GCC drops its call.)
-  MXMOE_INLINE void fetch(int block) const {
+  MXMOE_INLINE void begin(int block) const {
     if (!kFetch) return;
     constexpr int kAhead = 8192, kScalesAhead = 1024;
     const int64_t value = block * F::kPackedBytes + kAhead;
@@ -290,6 +354,36 @@ struct PackedSource {
   }
 };
 
+// As packed, and leaves what it decodes in a chunk; with kFold the scales are part of it.
+template <class F, int P, bool kFold>
+struct DecodingSource {
+  PackedSource<F, P, false> from;
+  Chunk<F>& chunk;
+  __m512i lowered[P] = {};
+  template <int v>
+  MXMOE_INLINE __m512i vector(int block, int panel) const {
+    __m512i decoded;
+    if constexpr (kFold && !F::kInteger) {
+      const char* p = from.values + panel * from.value_stride + block * F::kPackedBytes;
+      decoded = F::template vector<v>([&](int i) { return _mm512_loadu_si512(p + 64 * i); }, lowered[panel]);
+    } else {
+      decoded = from.template vector<v>(block, panel);
+    }
+    put(chunk.weights + ((block * F::kVectors + v) * P + panel) * 64, decoded);
+    return decoded;
+  }
+  MXMOE_INLINE __m512 scale(int block, int panel) const {
+    const __m512 decoded = from.scale(block, panel);
+    _mm512_store_ps(chunk.scales + (block * P + panel) * kPanelRows, decoded);
+    return decoded;
+  }
+  MXMOE_INLINE void begin(int block) {
+    if constexpr (kFold && !F::kInteger) {
+      for (int p = 0; p < P; ++p) lowered[p] = F::lowered(from.scale(block, p));
+    }
+  }
+};
+
 // --- blocks times a few tokens ---
 
 inline __m512i broadcast_dword(const void* p) {
@@ -298,15 +392,15 @@ inline __m512i broadcast_dword(const void* p) {
   return _mm512_set1_epi32(x);
 }
 
-// What int8 activations of a block have beside their codes. A row's blocks are followed by the ScaleRange of them.
+// What int8 activations of a block have beside their codes.
 struct BlockMeta {
   float scale;
   int32_t start;  // -raise * sum of the codes: takes the raise of the weights off again
 };
-static_assert(sizeof(BlockMeta) == sizeof(ScaleRange), "stands in a block's place");
+static_assert(sizeof(BlockMeta) == sizeof(ScaleRange), "a row's range stands in a block's place");
 
 template <class F, int P, int M, int v, class Source>
-MXMOE_INLINE void multiply_vector(const Source& source, int block, const char* const (&x)[M], __m512i (&dot)[M][P]) {
+MXMOE_INLINE void multiply_vector(Source& source, int block, const char* const (&x)[M], __m512i (&dot)[M][P]) {
   __m512i y[P];
   for (int p = 0; p < P; ++p) y[p] = source.template vector<v>(block, p);
   for (int m = 0; m < M; ++m) {
@@ -323,21 +417,25 @@ MXMOE_INLINE void multiply_vector(const Source& source, int block, const char* c
 }
 
 template <class F, int P, int M, class Source, int... v>
-MXMOE_INLINE void multiply_block(const Source& source, int block, const char* const (&x)[M], __m512i (&dot)[M][P],
+MXMOE_INLINE void multiply_block(Source& source, int block, const char* const (&x)[M], __m512i (&dot)[M][P],
                                  std::integer_sequence<int, v...>) {
   (multiply_vector<F, P, M, v>(source, block, x, dot), ...);
 }
 
 // A block's scale of the weights times that of the activations.
-template <bool kAdd>
+template <bool kFold>
 MXMOE_INLINE __m512 both_scales(__m512 weights, const float& activations) {
-  if (!kAdd) return _mm512_mul_ps(weights, _mm512_set1_ps(activations));
+  if (!kFold) return _mm512_mul_ps(weights, _mm512_set1_ps(activations));
   const __m512i exponents = _mm512_sub_epi32(_mm512_castps_si512(weights), _mm512_set1_epi32(0x3f800000));
   return _mm512_castsi512_ps(_mm512_add_epi32(exponents, broadcast_dword(&activations)));
 }
 
-template <class F, int P, int M, bool kAdd, class Source>
-inline void multiply(const Source& source, const PreparedRows& a, const int64_t* rows, int64_t first, int blocks,
+// With more tokens than this the sums find no room in registers beside a block's products.
+template <int M>
+constexpr bool kHeld = M <= 6;
+
+template <class F, int P, int M, bool kFold, class Source>
+inline void multiply(Source& source, const PreparedRows& a, const int64_t* rows, int64_t first, int blocks,
                      float* acc) {
   const char* x[M];
   const BlockMeta* meta[M];
@@ -345,10 +443,10 @@ inline void multiply(const Source& source, const PreparedRows& a, const int64_t*
   for (int m = 0; m < M; ++m) {
     x[m] = static_cast<const char*>(a.values) + rows[m] * a.value_stride + first * F::kVectors * 4;
     meta[m] = reinterpret_cast<const BlockMeta*>(a.scales + rows[m] * a.block_stride) + first;
-    for (int p = 0; p < P; ++p) sum[m][p] = _mm512_load_ps(acc + m * kTileRows + p * kPanelRows);
+    for (int p = 0; p < P && kHeld<M>; ++p) sum[m][p] = _mm512_load_ps(acc + m * kTileRows + p * kPanelRows);
   }
   for (int b = 0; b < blocks; ++b) {
-    source.fetch(b);
+    source.begin(b);
     __m512i dot[M][P];
     for (int m = 0; m < M; ++m) {
       for (int p = 0; p < P; ++p) {
@@ -361,20 +459,24 @@ inline void multiply(const Source& source, const PreparedRows& a, const int64_t*
     }
     multiply_block<F, P, M>(source, b, x, dot, std::make_integer_sequence<int, F::kVectors>());
     for (int p = 0; p < P; ++p) {
-      const __m512 scale = source.scale(b, p);
+      constexpr bool kScale = F::kScaled && (F::kInteger || !kFold);
+      const __m512 scale = kScale ? source.scale(b, p) : _mm512_setzero_ps();
       for (int m = 0; m < M; ++m) {
+        float* at = acc + m * kTileRows + p * kPanelRows;
+        if (!kHeld<M>) sum[m][p] = _mm512_load_ps(at);
         if constexpr (F::kInteger) {
-          const __m512 both = both_scales<kAdd>(scale, meta[m][b].scale);
+          const __m512 both = both_scales<kFold>(scale, meta[m][b].scale);
           sum[m][p] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[m][p]), both, sum[m][p]);
-        } else if constexpr (F::kScaled) {
+        } else if constexpr (kScale) {
           sum[m][p] = _mm512_fmadd_ps(_mm512_castsi512_ps(dot[m][p]), scale, sum[m][p]);
         } else {
           sum[m][p] = _mm512_add_ps(sum[m][p], _mm512_castsi512_ps(dot[m][p]));
         }
+        if (!kHeld<M>) _mm512_store_ps(at, sum[m][p]);
       }
     }
   }
-  for (int m = 0; m < M; ++m) {
+  for (int m = 0; m < M && kHeld<M>; ++m) {
     for (int p = 0; p < P; ++p) _mm512_store_ps(acc + m * kTileRows + p * kPanelRows, sum[m][p]);
   }
 }
@@ -386,34 +488,32 @@ struct Ahead {
   MXMOE_INLINE void some() {
     const int64_t end = done + step < bytes ? done + step : bytes;
     for (; done < end; done += 64) {
-      _mm_prefetch(begin[0] + done, _MM_HINT_T1);
-      _mm_prefetch(begin[1] + done, _MM_HINT_T1);
+      _mm_prefetch(begin[0] + done, _MM_HINT_T0);
+      _mm_prefetch(begin[1] + done, _MM_HINT_T0);
     }
   }
 };
 
-constexpr int kGroup = 6;  // tokens: with two panels as many accumulators as registers allow
+constexpr int kFew = 6;  // tokens that are multiplied with one panel at a time
 
-template <class F, int P, bool kAdd = false, class Source>
-inline void multiply_rows(const Source& source, const PreparedRows& a, const int64_t* rows, int64_t count,
-                          int64_t first, int blocks, Ahead& ahead, float* acc) {
-  for (; count >= kGroup; count -= kGroup, rows += kGroup, acc += kGroup * kTileRows) {
+// The next `count` tokens, at most M.
+template <class F, int P, int M, bool kFold, class Source>
+inline void multiply_next(Source& source, const PreparedRows& a, const int64_t* rows, int64_t count, int64_t first,
+                          int blocks, float* acc) {
+  if (count == M) return multiply<F, P, M, kFold>(source, a, rows, first, blocks, acc);
+  if constexpr (M > 1) multiply_next<F, P, M - 1, kFold>(source, a, rows, count, first, blocks, acc);
+}
+
+template <class F, int P, bool kFold = false, class Source>
+inline void multiply_rows(Source&& source, const PreparedRows& a, const int64_t* rows, int64_t count, int64_t first,
+                          int blocks, Ahead& ahead, float* acc) {
+  while (count > 0) {
+    // Few products at a time wait for each other: what would be left with few is halved before.
+    const bool halves = count > F::kGroup && count < F::kGroup + 5;
+    const int64_t taken = halves ? (count + 1) / 2 : count < F::kGroup ? count : F::kGroup;
     ahead.some();
-    multiply<F, P, kGroup, kAdd>(source, a, rows, first, blocks, acc);
-  }
-  switch (count) {
-    case 1:
-      return multiply<F, P, 1, kAdd>(source, a, rows, first, blocks, acc);
-    case 2:
-      return multiply<F, P, 2, kAdd>(source, a, rows, first, blocks, acc);
-    case 3:
-      return multiply<F, P, 3, kAdd>(source, a, rows, first, blocks, acc);
-    case 4:
-      return multiply<F, P, 4, kAdd>(source, a, rows, first, blocks, acc);
-    case 5:
-      return multiply<F, P, 5, kAdd>(source, a, rows, first, blocks, acc);
-    default:
-      return;
+    multiply_next<F, P, F::kGroup, kFold>(source, a, rows, taken, first, blocks, acc);
+    count -= taken, rows += taken, acc += taken * kTileRows;
   }
 }
 
@@ -439,49 +539,23 @@ struct PanelProduct {
     return {values(n) + value, scales(n) + scale, w.value_stride, w.scale_stride, value, scale};
   }
 
-  template <int P, int... v>
-  MXMOE_INLINE void decode_block(const PackedSource<F, P>& from, int b, Chunk<F>& to,
-                                 std::integer_sequence<int, v...>) const {
-    for (int p = 0; p < P; ++p) {
-      uint8_t* out = to.weights + (b * F::kVectors * P + p) * 64;
-      (put(out + v * P * 64, from.template vector<v>(b, p)), ...);
-      if (F::kScaled) _mm512_store_ps(to.scales + (b * P + p) * kPanelRows, from.scale(b, p));
-    }
-  }
-
-  // The range of the rows' activation scales.
-  ScaleRange activations(const int64_t* rows, int64_t count) const {
+  ScaleRange range_of(const int64_t* rows, int64_t count) const {
     ScaleRange all = kNoScales;
-    for (int64_t i = 0; i < count; ++i) {
-      const auto* meta = reinterpret_cast<const BlockMeta*>(a.scales + rows[i] * a.block_stride);
-      ScaleRange row;
-      std::memcpy(&row, meta + k / kMxBlock, sizeof row);
-      all.lowest = row.lowest < all.lowest ? row.lowest : all.lowest;
-      all.highest = row.highest > all.highest ? row.highest : all.highest;
-    }
+    for (int64_t i = 0; i < count; ++i) all = join(all, *row_range(a, rows[i]));
     return all;
   }
 
+  // Of the scales of some blocks as packed.
   template <int P>
-  void find_range(int blocks, Chunk<F>& chunk) const {
-    __m512i lowest = _mm512_set1_epi32(0x7fffffff), highest = _mm512_setzero_si512();
-    for (int i = 0; i < blocks * P; ++i) {
-      const __m512i scale = _mm512_load_si512(chunk.scales + i * kPanelRows);
-      lowest = _mm512_min_epi32(lowest, scale), highest = _mm512_max_epi32(highest, scale);
-    }
-    chunk.range = {_mm512_reduce_min_epi32(lowest), _mm512_reduce_max_epi32(highest)};
+  ScaleRange weights_range(int64_t n, int64_t first, int blocks) const {
+    const char* bytes = scales(n) + first * F::kPackedScaleBytes;
+    const ScaleRange low = e8m0_range(bytes, blocks * F::kPackedScaleBytes);
+    return P == 1 ? low : join(low, e8m0_range(bytes + w.scale_stride, blocks * F::kPackedScaleBytes));
   }
 
+  // Some blocks of weights as stored.
   template <int P>
-  void decode(int64_t n, int64_t first, int blocks, bool fetch, Chunk<F>& to) const {
-    if (w.packed) {
-      const PackedSource<F, P> from = source<P>(n, first);
-      for (int b = 0; b < blocks; ++b) {
-        if (fetch) from.fetch(b);
-        decode_block<P>(from, b, to, std::make_integer_sequence<int, F::kVectors>());
-      }
-      return;
-    }
+  void unpack(int64_t n, int64_t first, int blocks, Chunk<F>& to) const {
     for (int p = 0; p < P; ++p) {
       const int64_t row = n + p * kPanelRows;
       const int count = static_cast<int>(n_end - row < kPanelRows ? n_end - row : kPanelRows);
@@ -492,6 +566,30 @@ struct PanelProduct {
       F::unpack_scales({scales(row), w.scale_stride, count}, first, blocks, to.scales + p * kPanelRows,
                        kPanelRows * P);
     }
+  }
+
+  // Two panels' chunk from a block on, to be fetched while `count` rows are worked on; its scales at once.
+  template <int P>
+  Ahead fetch(int64_t n, int64_t block, int64_t count) const {
+    if (n + P * kPanelRows > n_end) return {{nullptr, nullptr}, 0, 0, 0};
+    const char* scale = scales(n) + block * F::kPackedScaleBytes;
+    for (int at = 0; at < F::kChunk * F::kPackedScaleBytes; at += 64) {
+      _mm_prefetch(scale + at, _MM_HINT_T0);
+      _mm_prefetch(scale + (P - 1) * w.scale_stride + at, _MM_HINT_T0);
+    }
+    const char* begin = values(n) + block * F::kPackedBytes;
+    const int64_t bytes = F::kChunk * F::kPackedBytes;
+    return {{begin, begin + (P - 1) * w.value_stride}, bytes, 0, (bytes / (count / F::kGroup) + 63) / 64 * 64};
+  }
+
+  // Blocks of two panels as packed times more rows than a group: decoded for the first, used again for the others.
+  template <int P, bool kFold>
+  void decode_and_multiply(const int64_t* rows, int64_t count, int64_t n, int64_t first, int blocks, Ahead& ahead,
+                           Chunk<F>& chunk, float* acc) const {
+    DecodingSource<F, P, kFold> decoding{source<P, false>(n, first), chunk};
+    multiply<F, P, F::kGroup, kFold>(decoding, a, rows, first, blocks, acc);
+    multiply_rows<F, P, kFold>(ChunkSource<F, P>{chunk}, a, rows + F::kGroup, count - F::kGroup, first, blocks, ahead,
+                               acc + F::kGroup * kTileRows);
   }
 
   // One or two panels from row n on times a few rows: one panel after the other, so that memory is read in order.
@@ -507,37 +605,30 @@ struct PanelProduct {
   // One or two panels from row n on times up to kTileTokens rows.
   template <int P>
   void tile(const int64_t* rows, int64_t count, int64_t n, Chunk<F>& chunk, float* acc) const {
-    if (w.packed && count <= kGroup) return few<P>(rows, count, n, acc);
+    if (w.packed && count <= kFew) return few<P>(rows, count, n, acc);
     const int64_t blocks = (k + kMxBlock - 1) / kMxBlock;
-    const bool direct = w.packed && (!F::kDecoded || count <= 2 * kGroup);
+    // Enough work to fetch the next chunk behind it, and to decode this one for.
+    const bool many = count > (F::kDecoded ? 2 * kFew : 4 * kFew);
     ScaleRange range = kNoScales;
-    if constexpr (F::kPowers) range = activations(rows, count);
+    if constexpr (F::kPowers) range = range_of(rows, count);
     for (int64_t b = 0; b < blocks; b += F::kChunk) {
       const int some = static_cast<int>(blocks - b < F::kChunk ? blocks - b : F::kChunk);
-      const bool last = b + some == blocks;
-      const int64_t next = last ? n + P * kPanelRows : n, at = last ? 0 : b + some;
       Ahead ahead{{nullptr, nullptr}, 0, 0, 0};
-      const bool many = count >= 4 * kGroup;  // enough work to fetch the next chunk behind
-      if (w.packed && many && next + P * kPanelRows <= n_end) {
-        const char* begin = values(next) + at * F::kPackedBytes;
-        const int64_t bytes = F::kChunk * F::kPackedBytes;
-        ahead = {{begin, begin + (P - 1) * w.value_stride}, bytes, 0, (bytes / (count / kGroup) + 63) / 64 * 64};
-      }
-      if (direct && many) {
-        multiply_rows<F, P>(source<P, false>(n, b), a, rows, count, b, some, ahead, acc);
-      } else if (direct) {
+      if (w.packed && many)
+        ahead = b + some < blocks ? fetch<P>(n, b + some, count) : fetch<P>(n + P * kPanelRows, 0, count);
+      if (!w.packed) {
+        unpack<P>(n, b, some, chunk);
+        multiply_rows<F, P>(ChunkSource<F, P>{chunk}, a, rows, count, b, some, ahead, acc);
+      } else if (!many) {
         multiply_rows<F, P>(source<P>(n, b), a, rows, count, b, some, ahead, acc);
+      } else if constexpr (!F::kDecoded) {
+        multiply_rows<F, P>(source<P, false>(n, b), a, rows, count, b, some, ahead, acc);
       } else {
-        decode<P>(n, b, some, !many, chunk);
-        const ChunkSource<F, P> from{chunk};
-        if constexpr (F::kPowers) {
-          find_range<P>(some, chunk);
-          if (exponents_add(chunk.range, range)) {
-            multiply_rows<F, P, true>(from, a, rows, count, b, some, ahead, acc);
-            continue;
-          }
-        }
-        multiply_rows<F, P>(from, a, rows, count, b, some, ahead, acc);
+        bool fold = false;
+        if constexpr (F::kPowers) fold = F::folds(weights_range<P>(n, b, some), range);
+        const auto run =
+            fold ? &PanelProduct::decode_and_multiply<P, F::kPowers> : &PanelProduct::decode_and_multiply<P, false>;
+        (this->*run)(rows, count, n, b, some, ahead, chunk, acc);
       }
     }
   }
@@ -553,11 +644,13 @@ inline void for_each_tile(const PreparedRows& a, const int64_t* rows, int64_t nu
   alignas(64) float acc[kTileTokens * kTileRows];
   int64_t order[kTileTokens];
   const PanelProduct<F> product{a, w, n_end, k};
-  for (int64_t n = n_begin; n < n_end; n += kTileRows) {
-    const int64_t width = n_end - n < kTileRows ? n_end - n : kTileRows;
-    for (int64_t m = 0; m < num_rows; m += kTileTokens) {
-      const int64_t count = num_rows - m < kTileTokens ? num_rows - m : kTileTokens;
-      for (int64_t i = 0; i < count; ++i) order[i] = rows == nullptr ? m + i : rows[m + i];
+  // The activations are more bytes than the weights that go with them: a tile's tokens stay in the second-level
+  // cache.
+  for (int64_t m = 0; m < num_rows; m += kTileTokens) {
+    const int64_t count = num_rows - m < kTileTokens ? num_rows - m : kTileTokens;
+    for (int64_t i = 0; i < count; ++i) order[i] = rows == nullptr ? m + i : rows[m + i];
+    for (int64_t n = n_begin; n < n_end; n += kTileRows) {
+      const int64_t width = n_end - n < kTileRows ? n_end - n : kTileRows;
       std::memset(acc, 0, static_cast<size_t>(count) * kTileRows * sizeof(float));
       if (width > kPanelRows) {
         product.template tile<2>(order, count, n, chunk, acc);
@@ -614,5 +707,21 @@ inline void prepare_panel_i8(const X* x, int64_t k, const PreparedRows& to, int6
     meta[b].start = -_mm_cvtsi128_si32(sum);
     if (kOrder != CodeOrder::kPlain) _mm256_storeu_si256(at, _mm256_shuffle_epi8(block, code_order(kOrder)));
   }
-  std::memcpy(meta + k / kMxBlock, &range, sizeof range);
+  *row_range(to, row) = range;
+}
+
+template <typename X>
+inline void prepare_panel_bf16(const X* x, int64_t k, const PreparedRows& to, int64_t row) {
+  prepare_bf16(x, k, to, row);
+  const char* values = static_cast<const char*>(to.values) + row * to.value_stride;
+  __m512i lowest = _mm512_set1_epi16(0x7fff), highest = _mm512_setzero_si512();
+  for (int64_t i = 0; i < to.value_stride; i += 64) {  // zeros past k
+    const __m512i size = _mm512_and_si512(_mm512_loadu_si512(values + i), _mm512_set1_epi16(0x7fff));
+    lowest = _mm512_mask_min_epu16(lowest, _mm512_test_epi16_mask(size, size), lowest, size);
+    highest = _mm512_max_epu16(highest, size);
+  }
+  const __m512i top = _mm512_set1_epi32(-65536);
+  const __m512i least = _mm512_min_epi32(_mm512_slli_epi32(lowest, 16), _mm512_and_si512(lowest, top));
+  const __m512i most = _mm512_max_epi32(_mm512_slli_epi32(highest, 16), _mm512_and_si512(highest, top));
+  *row_range(to, row) = {_mm512_reduce_min_epi32(least), _mm512_reduce_max_epi32(most)};
 }
