@@ -541,6 +541,7 @@ struct PanelProduct {
 
   ScaleRange range_of(const int64_t* rows, int64_t count) const {
     ScaleRange all = kNoScales;
+    if (!F::kPowers) return all;
     for (int64_t i = 0; i < count; ++i) all = join(all, *row_range(a, rows[i]));
     return all;
   }
@@ -602,15 +603,14 @@ struct PanelProduct {
     }
   }
 
-  // One or two panels from row n on times up to kTileTokens rows.
+  // One or two panels from row n on times up to kTileTokens rows, whose range is `range`.
   template <int P>
-  void tile(const int64_t* rows, int64_t count, int64_t n, Chunk<F>& chunk, float* acc) const {
+  void tile(const int64_t* rows, int64_t count, const ScaleRange& range, int64_t n, Chunk<F>& chunk,
+            float* acc) const {
     if (w.packed && count <= kFew) return few<P>(rows, count, n, acc);
     const int64_t blocks = (k + kMxBlock - 1) / kMxBlock;
     // Enough work to fetch the next chunk behind it, and to decode this one for.
     const bool many = count > (F::kDecoded ? 2 * kFew : 4 * kFew);
-    ScaleRange range = kNoScales;
-    if constexpr (F::kPowers) range = range_of(rows, count);
     for (int64_t b = 0; b < blocks; b += F::kChunk) {
       const int some = static_cast<int>(blocks - b < F::kChunk ? blocks - b : F::kChunk);
       Ahead ahead{{nullptr, nullptr}, 0, 0, 0};
@@ -649,13 +649,14 @@ inline void for_each_tile(const PreparedRows& a, const int64_t* rows, int64_t nu
   for (int64_t m = 0; m < num_rows; m += kTileTokens) {
     const int64_t count = num_rows - m < kTileTokens ? num_rows - m : kTileTokens;
     for (int64_t i = 0; i < count; ++i) order[i] = rows == nullptr ? m + i : rows[m + i];
+    const ScaleRange range = product.range_of(order, count);
     for (int64_t n = n_begin; n < n_end; n += kTileRows) {
       const int64_t width = n_end - n < kTileRows ? n_end - n : kTileRows;
       std::memset(acc, 0, static_cast<size_t>(count) * kTileRows * sizeof(float));
       if (width > kPanelRows) {
-        product.template tile<2>(order, count, n, chunk, acc);
+        product.template tile<2>(order, count, range, n, chunk, acc);
       } else {
-        product.template tile<1>(order, count, n, chunk, acc);
+        product.template tile<1>(order, count, range, n, chunk, acc);
       }
       emit(m, count, n, width, acc);
     }
