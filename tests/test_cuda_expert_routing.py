@@ -89,6 +89,22 @@ def test_fused_with_norm_and_router(gpu, num_tokens, hidden_size, num_experts, k
     assert_close(weights, want, baseline=torch.softmax(chosen, 1))
 
 
+@pytest.mark.parametrize(
+    ("num_tokens", "hidden_size", "num_experts"), [(1, 1, 1), (3, 33, 9), (9, 2880, 32), (2, 3100, 12), (5, 130, 40)]
+)
+@pytest.mark.parametrize("h_dtype", FLOATS)
+@pytest.mark.parametrize("gap", [0, 3])
+def test_fused_bits_are_those_of_its_parts(gpu, num_tokens, hidden_size, num_experts, h_dtype, gap):
+    x, norm, weight, bias = fused_case(num_tokens, hidden_size, num_experts)
+    x, weight, norm, bias = up(x), up(weight, gap), up(norm), up(bias)
+    got = cuda.rmsnorm_routing(x, norm, EPS, weight, bias, 1, h_dtype=h_dtype)
+    h = cuda.rmsnorm(x, norm, EPS)
+    logits = cuda.linear(h, weight, bias, activations="float32")
+    want = (h, logits, *cuda.expert_routing(logits, 1))
+    for a, b in zip(got, want, strict=True):
+        assert_exact(down(a), down(b).astype(down(a).dtype))
+
+
 def test_fused_rows_stand_alone(gpu):
     x, *rest = fused_case(9, 100, 20)
     norm, weight, bias = (up(a) for a in rest)

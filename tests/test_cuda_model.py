@@ -19,8 +19,11 @@ from compare import MODEL_NOISE, assert_exact, assert_model_close
 from make_checkpoint import SIZES
 from mxmoe import cuda
 from mxmoe.checkpoint import Checkpoint
+from mxmoe.decoding import _Recording
 from mxmoe.kv_cache import KVCache
 from mxmoe.reference import model as reference
+from mxmoe.sampling import Sampler, SamplingParams
+from op_helpers import BF16
 from small_models import CONFIG, MODES, in_chunks, random_ids, write
 
 IDS = random_ids(90)
@@ -154,6 +157,16 @@ def test_a_replayed_step_has_the_bits_of_a_plain_one(model):
     assert_exact(replayed, want)
 
 
+@pytest.mark.parametrize("count", [8, 9, 33])
+def test_many_sequences_decode_as_each_alone(model, count):
+    """Eight go by one launch for norm, products and rotation, more by two, and very many by the plain ops."""
+    ids = np.stack([random_ids(4, seed=i) for i in range(count)])
+    cache = small_pages(model, 4, num_sequences=count)
+    rows = [model.forward(ids[:, i], cache=cache, cu_seqlens=range(count + 1)) for i in range(4)]
+    for sequence in {0, 7, count - 1}:
+        assert_exact(np.stack([row[sequence] for row in rows]), model.forward(ids[sequence]))
+
+
 LENGTHS = [1, 40, 7, 25]
 
 
@@ -192,6 +205,87 @@ def test_more_than_a_step_and_a_block_of_the_cache(model):
     assert_exact(model.forward(ids[:140], logits="last"), want[139:140])
 
 
+# What a step is made of
+
+
+def graph_of(model, count=1):
+    """The graph of a step of so many sequences, after a few of them."""
+    cache = model.new_cache(8, num_sequences=count)
+    for i in range(3):
+        model.forward(random_ids(count, seed=i), cache=cache, cu_seqlens=range(count + 1))
+    (graph,) = model._decoders[cache].graphs
+    return graph
+
+
+def expert_kernels(model, count=1):
+    """How many kernels the experts of a layer take."""
+    experts, k = model.layers[0].mlp.experts, CONFIG.experts_per_token
+    x = cuda.array(np.ones((count, CONFIG.hidden_size), np.float32))
+    ids = cuda.array(np.tile(np.arange(k, dtype=np.int32), (count, 1)))
+    weights, out = cuda.array(np.ones((count, k), np.float32)), cuda.empty(x.shape)
+    run = functools.partial(
+        cuda.mxfp4_moe, x, ids, weights, *experts.gate_up.held, experts.gate_up_bias, *experts.down.held,
+        experts.down_bias, out=out,
+    )  # fmt: skip
+    run()
+    with cuda.graph() as graph:
+        run()
+    return graph.num_nodes
+
+
+# Advance, embedding; last norm, output head, choice.
+AROUND_LAYERS = 5
+
+
+def test_a_layer_is_few_kernels(model):
+    kernels = expert_kernels(model)
+    assert kernels in (2, 4)
+    in_layers = graph_of(model).num_nodes - AROUND_LAYERS
+    assert in_layers == len(model.layers) * (4 + kernels)
+    assert in_layers <= len(model.layers) * (6 if kernels == 2 else 8)
+    # More sequences than one launch can normalise for.
+    more = graph_of(model, 9).num_nodes - AROUND_LAYERS
+    assert more == len(model.layers) * (5 + expert_kernels(model, 9))
+
+
+def test_what_cannot_be_fused_takes_the_plain_ops(gpu, load, folder):
+    from mxmoe.layers import LowRank
+
+    model = mxmoe.load(folder, **GPU_MODES["bf16"])
+    kernels, layers = expert_kernels(model), len(model.layers)
+    fused = AROUND_LAYERS + layers * (4 + kernels)
+    assert graph_of(model).num_nodes == fused
+    attn, router = model.layers[0].self_attn, model.layers[1].mlp.router
+    narrow = cuda.array(np.zeros((4, CONFIG.hidden_size), np.float32).astype(BF16))
+    wide = cuda.array(np.zeros((router.out_features, 4), np.float32).astype(BF16))
+    router.adapter = LowRank(router.ops, (narrow,), (wide,), "float32")
+    # Norm, router, choice and two for the adapter, instead of one.
+    assert graph_of(model).num_nodes == fused + 4
+    router.adapter = None
+    attn.k_proj.activations = "float32"
+    # Norm, three products, rotation and cache instead of one, and the rotation's cosine and sine.
+    assert graph_of(model).num_nodes == fused + 5 + 2
+    attn.k_proj.activations = "bf16"
+    assert graph_of(model).num_nodes == fused
+    # In float32 the norm and the router are fused, what stands before attention is not: norm, three products,
+    # rotation, cache.
+    unrounded = AROUND_LAYERS + 2 + layers * (6 + 1 + 1 + 1 + kernels)
+    assert graph_of(load(gpu, "float32")).num_nodes == unrounded
+
+
+def test_kernels_of_a_step_overlap(gpu, folder, monkeypatch):
+    model = mxmoe.load(folder, **GPU_MODES["bf16"])
+    graph = graph_of(model)
+    can = gpu.status().devices[0].compute_capability >= (9, 0) or hasattr(gpu, "set_seed")
+    # The experts' are launched as their own file says; nothing stands before the first.
+    least = graph.num_nodes - 1 - len(model.layers) * expert_kernels(model)
+    assert graph.num_overlaps >= (least if can else 0)
+    assert can or graph.num_overlaps == 0
+    monkeypatch.setenv("MXMOE_CUDA_OVERLAP", "0")
+    plain = graph_of(mxmoe.load(folder, **GPU_MODES["bf16"]))
+    assert (plain.num_nodes, plain.num_overlaps) == (graph.num_nodes, 0)
+
+
 # Generation
 
 
@@ -225,6 +319,122 @@ def test_a_batch_gives_what_each_gives_alone(model):
             assert [s.logprob for s in alone] == one.logprobs
 
 
+@pytest.fixture
+def starts(monkeypatch):
+    """The ids that every step launched by a decoder was given: None for those of the step before."""
+    seen = []
+    start = _Recording.start
+
+    def spy(self, model, cache, rope, ids, *rest):
+        seen.append(ids)
+        return start(self, model, cache, rope, ids, *rest)
+
+    monkeypatch.setattr(_Recording, "start", spy)
+    return seen
+
+
+def test_the_next_step_is_launched_before_the_last_token_is_read(model, starts):
+    steps = model.generate(IDS[:5], 6, stop_token_ids=[])
+    tokens = [next(steps).token_id, next(steps).token_id]
+    assert [ids is None for ids in starts] == [False, True]  # the prompt's token came another way
+    tokens += [step.token_id for step in steps]
+    assert [ids is None for ids in starts] == [False, *[True] * 4]  # no step for a seventh
+    ids = np.concatenate([IDS[:5], tokens])
+    assert_exact(np.array(tokens), model.forward(ids)[4:-1].argmax(axis=1))
+
+
+def test_a_step_launched_in_vain_leaves_nothing(model, starts):
+    tokens = generated(model, IDS[:20], 8)
+    del starts[:]
+    cache, other = (small_pages(model, 40) for _ in range(2))
+    steps = list(model.generate(IDS[:20], 8, stop_token_ids=[tokens[3]], cache=cache))
+    assert len(steps) == 4 and len(starts) == 4  # one of them past the stop token
+    assert cache.lengths == (23,)
+    ids = np.concatenate([IDS[:20], tokens[:3], IDS[23:30]])
+    assert_exact(in_chunks(model, ids[23:], [1] * 7, cache), model.forward(ids)[23:])
+    # What stands in its place is never seen, wherever the cache is used next.
+    steps = model.generate(IDS[:20], 8, stop_token_ids=[], cache=other)
+    for _ in range(3):
+        next(steps)
+    steps.close()
+    other.reset()
+    assert_exact(in_chunks(model, IDS[:29], [9, *[1] * 20], other), model.forward(IDS[:29]))
+
+
+def test_drawn_tokens_are_those_of_the_host(model, starts):
+    """The same numbers, however a step runs: launched ahead, or watched and then drawn apart."""
+    for options in ({"temperature": 1.0}, {"temperature": 1.5, "top_p": 0.8, "top_k": 30, "min_p": 0.02, "seed": 7}):
+        sampler = Sampler(SamplingParams(**{k: v for k, v in options.items() if k != "seed"}), options.get("seed", 0))
+        ids = list(IDS[:9])
+        for _ in range(9):
+            ids.append(sampler(model.forward(ids, logits="last")[0])[0])
+        want = ids[9:]
+        assert not starts
+        assert generated(model, IDS[:9], 9, **options) == want
+        assert [ids is None for ids in starts] == [False, *[True] * 7]
+        del starts[:]
+        steps, tokens = model.generate(IDS[:9], 9, stop_token_ids=[], **options), []
+        for i in range(9):
+            if i == 5:
+                with plain(model):
+                    tokens.append(next(steps).token_id)
+            else:
+                tokens.append(next(steps).token_id)
+        assert tokens == want
+        del starts[:]
+
+
+def test_changes_between_steps_are_felt_by_the_next(gpu, folder):
+    def tokens_of(between, ahead):
+        model = mxmoe.load(folder, **GPU_MODES["bf16"])
+        cache, token = small_pages(model, 60), IDS[0]
+        tokens = []
+        for i in range(9):
+            where = {"cache": cache, "ahead": ahead}
+            token = model.likeliest([token], **where)[0][0]
+            tokens.append(int(token))
+            if i in (3, 6):
+                between(model, cache)
+        return tokens
+
+    def other_head(model, cache):
+        head = model.lm_head.weight
+        head.set(np.ascontiguousarray(head.numpy()[::-1]))
+
+    def other_norm(model, cache):
+        model.norm.weight = cuda.array(-model.norm.weight.numpy())
+
+    def other_history(model, cache):
+        length = cache.lengths[0]
+        cache.reset()
+        model.forward(IDS[30 : 30 + length], cache=cache)
+
+    def hook(model, cache):
+        model.hook("layers.0.residual", lambda x, _: 0.5 * x)
+
+    def another_token(model, cache):
+        model.forward([5], cache=cache)
+
+    want = tokens_of(lambda *_: None, False)
+    assert tokens_of(lambda *_: None, True) == want
+    for between in (other_head, other_norm, other_history, hook, another_token):
+        changed = tokens_of(between, False)
+        assert tokens_of(between, True) == changed
+        assert changed != want, between
+
+
+def test_a_full_cache_ends_it(model):
+    cache = small_pages(model, 12)
+    assert len(generated(model, IDS[:4], 9, cache=cache)) == 9
+    assert cache.lengths == (12,)
+    cache.reset()
+    token = IDS[0]
+    for _ in range(12):
+        (token,), _ = model.likeliest([token], cache=cache, ahead=True)
+    with pytest.raises(ValueError, match="1 more do not fit"):
+        model.likeliest([token], cache=cache, ahead=True)
+
+
 def test_stop_tokens_end_it(model):
     tokens = generated(model, IDS[:20], 12)
     steps = list(model.generate(IDS[:20], 12, stop_token_ids=[tokens[4]]))
@@ -235,8 +445,15 @@ def test_stop_tokens_end_it(model):
 def test_broken_weights_are_told(gpu, folder):
     model = mxmoe.load(folder, **GPU_MODES["bf16"])
     model.norm.weight = cuda.array(np.full(CONFIG.hidden_size, np.nan, np.float32))
-    with pytest.raises(ValueError, match="are the weights or a hook broken"):
-        generated(model, IDS[:5], 3)
+    for options in ({}, {"temperature": 1.0}):
+        with pytest.raises(ValueError, match="are the weights or a hook broken"):
+            generated(model, IDS[:5], 3, **options)
+    good = mxmoe.load(folder, **GPU_MODES["bf16"])
+    steps = good.generate(IDS[:5], 9, temperature=1.0, stop_token_ids=[])
+    next(steps), next(steps)
+    good.norm.weight = model.norm.weight
+    with pytest.raises(ValueError, match="the logits hold a NaN or infinity"):
+        next(steps)
 
 
 def test_threads_of_python_share_one_model(gpu, load):

@@ -102,6 +102,21 @@ def test_rope_kv_write_is_its_parts(gpu, q_dtype, cache_dtype, bias_dtype, heads
         assert np.isnan(got.astype(np.float32)).all()
 
 
+@pytest.mark.parametrize("cache_dtype", FLOATS)
+def test_rope_kv_write_has_the_bits_of_its_parts(gpu, cache_dtype):
+    qkv, bias, rng = fused_case(tokens=7)
+    cos, sin = tables(50, 32)
+    positions, slots = rng.integers(0, 50, 7), rng.permutation(12)[:7]
+    held, others = ([poisoned_up((3, 2, 4, 32), FLOATS[cache_dtype]) for _ in range(2)] for _ in range(2))
+    q = cuda.rope_kv_write(up(qkv), up(bias), up(cos), up(sin), positions, slots, *held, q_dtype="float32")
+    x = up(qkv + bias.astype(np.float32)).reshape(7, -1, 32)
+    cuda.rope(x[:, :8], up(cos[positions]), up(sin[positions]), out=x[:, :8])
+    cuda.kv_cache_write(x[:, 6:8], x[:, 8:], *others, slots)
+    assert_exact(down(q), down(x[:, :6]))
+    for cache, other in zip(held, others, strict=True):
+        assert_exact(down(cache), down(other))
+
+
 @pytest.mark.parametrize("num_sequences", [1, 5, 300])
 @pytest.mark.parametrize("num_tables", [1, 2, 4])
 def test_kv_cache_advance(gpu, num_sequences, num_tables):

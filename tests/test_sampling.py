@@ -232,3 +232,22 @@ def test_bad_seeds(seed, message):
 def test_numpy_s_numbers_are_numbers():
     params = SamplingParams(np.float32(0.5), np.float64(0.5), np.int32(3), np.float32(0.0))
     assert Sampler(params, 1)(LOGITS)[0] in np.argsort(-LOGITS)[:3]
+
+
+def test_numbers_can_be_asked_for_beforehand():
+    logits = np.random.default_rng(0).standard_normal(50)
+    params = SamplingParams(1.0)
+    plain, asked = Sampler(params, 5), Sampler(params, 5)
+    tokens = [plain(logits)[0] for _ in range(6)]
+    assert len(set(asked.peek(3))) == 3
+    assert asked.peek(2) == asked.peek(3)[:2]
+    assert [asked(logits)[0] for _ in range(2)] == tokens[:2]
+    number = asked.peek(1)[0]
+    assert asked.take() == number  # in place of a draw
+    assert [asked(logits)[0] for _ in range(3)] == tokens[3:]
+    assert params.temperature and asked.draws
+    greedy = Sampler(SamplingParams())
+    assert not greedy.draws
+    before = greedy.peek(1)
+    greedy(logits)
+    assert greedy.peek(1) == before

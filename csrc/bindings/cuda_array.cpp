@@ -1,8 +1,12 @@
 #include "bindings/cuda_array.h"
 
+#include <pybind11/numpy.h>
 #include <pybind11/stl.h>
 
+#include <atomic>
+
 #include "core/check.h"
+#include "cuda/device.h"
 #include "cuda/error.h"
 #include "cuda/graph.h"
 #include "cuda/upload.h"
@@ -10,6 +14,12 @@
 namespace mxmoe {
 namespace cuda {
 namespace {
+
+#if defined(MXMOE_CUDA_EMULATION)
+constexpr int kFirstOverlappingMajor = 8;  // what is launched so can be seen there, too
+#else
+constexpr int kFirstOverlappingMajor = 9;
+#endif
 
 constexpr const char* kVersioned = "dltensor_versioned";
 constexpr const char* kUnversioned = "dltensor";
@@ -205,6 +215,12 @@ void bind_streams(py::module_& m) {
       .def_property_readonly("device", &Stream::device)
       .def_property_readonly("handle", [](const Stream& s) { return reinterpret_cast<intptr_t>(s.handle()); })
       .def("synchronize", &Stream::synchronize, py::call_guard<py::gil_scoped_release>())
+      // Whether the kernels given to it may begin before those ahead have ended; false where the device cannot.
+      .def_property("overlaps", &Stream::overlaps,
+                    [](Stream& s, bool wanted) {
+                      const std::lock_guard<std::mutex> lock(s.mutex());
+                      s.set_overlaps(wanted && device(s.device()).major >= kFirstOverlappingMajor);
+                    })
       .def(
           "wait_for", [](Stream& s, const Stream& other) { s.wait_for(other.handle()); }, py::arg("other"))
       // Another library's stream, by its handle, waits for this one; 0 is the legacy default stream.
@@ -212,7 +228,7 @@ void bind_streams(py::module_& m) {
   m.def("current_stream", &Stream::current);
   m.def("set_current_stream", &Stream::set_current, py::arg("stream").none(true));
   py::class_<Event>(m, "Event", py::module_local())
-      .def(py::init([] { return std::make_unique<Event>(true); }))
+      .def(py::init<bool>(), py::arg("timing") = true)
       .def("record", [](Event& e) { e.record(Stream::current()->handle()); })
       .def("synchronize", &Event::synchronize, py::call_guard<py::gil_scoped_release>())
       .def("milliseconds_since", &Event::milliseconds_since, py::arg("earlier"));
@@ -222,10 +238,43 @@ void bind_streams(py::module_& m) {
       .def("end", &Graph::end)
       .def("abandon", &Graph::abandon)
       .def("replay", &Graph::replay)
-      .def_property_readonly("num_nodes", &Graph::num_nodes);
+      .def_property_readonly("num_nodes", &Graph::num_nodes)
+      .def_property_readonly("num_overlaps", &Graph::num_overlaps);
 }
 
+// Host memory that kernels read and write where it is, of a few values: its host sees what a kernel wrote once it has
+// waited for an event behind that kernel.
+class Pinned {
+ public:
+  Pinned(const std::vector<int64_t>& shape, DType dtype) : stream_(Stream::current()) {
+    array_ = host_array(stream_, shape, dtype, "pinned memory");
+  }
+  const DeviceArray& array() const { return array_; }
+  py::array host() const {
+    const Tensor& t = array_.tensor;
+    auto* kept = new std::shared_ptr<void>(array_.owner);
+    const py::capsule base(kept, [](void* p) { delete static_cast<std::shared_ptr<void>*>(p); });
+    return py::array(numpy_dtype(t.dtype), std::vector<py::ssize_t>(t.shape, t.shape + t.ndim), t.data, base);
+  }
+
+ private:
+  std::shared_ptr<Stream> stream_;
+  DeviceArray array_;
+};
+
+// How often a host array has been copied into one on the device, all together: who has computed ahead sees by it
+// that something may have changed.
+std::atomic<uint64_t> host_writes{0};
+
 void bind_memory(py::module_& m) {
+  py::class_<Pinned>(m, "Pinned", py::module_local())
+      .def(py::init([](const std::vector<int64_t>& shape, const std::string& dtype) {
+             return std::make_unique<Pinned>(shape, parse_dtype_name(dtype));
+           }),
+           py::arg("shape"), py::arg("dtype"))
+      .def_property_readonly("array", &Pinned::array)
+      .def_property_readonly("host", [](const Pinned& p) -> py::object { return p.host(); });
+  m.def("host_writes", [] { return host_writes.load(); });
   py::class_<Arena, std::shared_ptr<Arena>>(m, "Arena", py::module_local())
       .def(py::init([](size_t chunk_bytes, const std::string& name) {
              return std::make_shared<Arena>(Stream::current(), chunk_bytes, name);
@@ -322,6 +371,7 @@ void bind_array(py::module_& m) {
             check_same(host, a.tensor);
             const auto stream = Stream::current();
             const OpScope scope(*stream);
+            ++host_writes;
             from_host(*stream, a, (*host).data);
           },
           py::arg("array"))

@@ -12,6 +12,7 @@
 #include "ops/kv_cache/kv_cache.h"
 #include "ops/linear/linear.h"
 #include "ops/mxfp4_moe/mxfp4_moe.h"
+#include "ops/qkv/qkv.h"
 #include "ops/rmsnorm/rmsnorm.h"
 #include "ops/rope/rope.h"
 #include "ops/sampling/sampling.h"
@@ -94,14 +95,41 @@ void bind_rows(py::module_& m) {
       py::arg("x"), py::arg("layers"), py::arg("activations"), py::arg("out"));
   m.def(
       "greedy_sample",
-      [](const py::object& logits, const py::object& token_ids, const py::object& logprobs) {
+      [](const py::object& logits, const py::object& token_ids, const py::object& logprobs,
+         const py::object& positions, const py::object& token_id_copies, const py::object& logprob_copies) {
         Arguments args;
         const DeviceArg l = args.in(logits, "logits"), ids = args.out(token_ids, "token_ids");
-        const DeviceArg p = args.out(logprobs, "logprobs");
+        const DeviceArg p = args.out(logprobs, "logprobs"), at = args.optional(positions, "positions");
+        const DeviceArg more_ids = args.optional(token_id_copies, "token_id_copies", true);
+        const DeviceArg more = args.optional(logprob_copies, "logprob_copies", true);
         const OpScope scope(args.stream());
-        greedy_sample(args.stream(), l, ids, p);
+        greedy_sample(args.stream(), l, ids, p, {at, more_ids, more});
       },
-      py::arg("logits"), py::arg("token_ids"), py::arg("logprobs"));
+      py::arg("logits"), py::arg("token_ids"), py::arg("logprobs"), py::arg("positions"), py::arg("token_id_copies"),
+      py::arg("logprob_copies"));
+}
+
+void bind_sample(py::module_& m) {
+  m.def(
+      "sample",
+      [](const py::object& logits, const py::object& temperature, const py::object& top_p, const py::object& top_k,
+         const py::object& min_p, const py::object& uniforms, const py::object& positions,
+         const py::object& token_ids, const py::object& logprobs, const py::object& token_id_copies,
+         const py::object& logprob_copies) {
+        Arguments args;
+        const DeviceArg l = args.in(logits, "logits"), t = args.in(temperature, "temperature");
+        const DeviceArg p = args.in(top_p, "top_p"), k = args.in(top_k, "top_k"), least = args.in(min_p, "min_p");
+        const DeviceArg u = args.in(uniforms, "uniforms"), at = args.in(positions, "positions");
+        const DeviceArg ids = args.out(token_ids, "token_ids"), logs = args.out(logprobs, "logprobs");
+        const DeviceArg more_ids = args.optional(token_id_copies, "token_id_copies", true);
+        const DeviceArg more = args.optional(logprob_copies, "logprob_copies", true);
+        const SampleCopies copies = token_id_copies.is_none() ? SampleCopies{} : SampleCopies{at, more_ids, more};
+        const OpScope scope(args.stream());
+        sample(args.stream(), l, {t, p, least, k, u, at}, ids, logs, copies);
+      },
+      py::arg("logits"), py::arg("temperature"), py::arg("top_p"), py::arg("top_k"), py::arg("min_p"),
+      py::arg("uniforms"), py::arg("positions"), py::arg("token_ids"), py::arg("logprobs"),
+      py::arg("token_id_copies"), py::arg("logprob_copies"));
 }
 
 void bind_routing(py::module_& m) {
@@ -186,6 +214,30 @@ void bind_rope(py::module_& m) {
       py::arg("k_cache"), py::arg("v_cache"), py::arg("q"));
 }
 
+using Layer = std::pair<py::object, py::object>;  // weight and bias
+
+void bind_qkv(py::module_& m) {
+  m.def(
+      "rmsnorm_qkv_rope",
+      [](const py::object& x, const py::object& norm_weight, float eps, const Layer& q, const Layer& k,
+         const Layer& v, const py::object& cos, const py::object& sin, const py::object& positions,
+         const py::object& slots, const py::object& k_cache, const py::object& v_cache, const py::object& out) {
+        Arguments args;
+        const DeviceArg a = args.in(x, "x"), norm = args.in(norm_weight, "norm_weight");
+        const DeviceArg wq = args.in(q.first, "q_weight"), bq = args.optional(q.second, "q_bias");
+        const DeviceArg wk = args.in(k.first, "k_weight"), bk = args.optional(k.second, "k_bias");
+        const DeviceArg wv = args.in(v.first, "v_weight"), bv = args.optional(v.second, "v_bias");
+        const DeviceArg c = args.in(cos, "cos"), s = args.in(sin, "sin"), at = args.in(positions, "positions");
+        const DeviceArg places = args.in(slots, "slots"), kc = args.out(k_cache, "k_cache");
+        const DeviceArg vc = args.out(v_cache, "v_cache"), y = args.out(out, "q");
+        const OpScope scope(args.stream());
+        rmsnorm_qkv_rope(args.stream(), a, {norm, eps, {wq, Tensor(), bq}, {wk, Tensor(), bk}, {wv, Tensor(), bv}},
+                         {c, s, at}, places, {kc, vc, Tensor(), Tensor()}, y);
+      },
+      py::arg("x"), py::arg("norm_weight"), py::arg("eps"), py::arg("q"), py::arg("k"), py::arg("v"), py::arg("cos"),
+      py::arg("sin"), py::arg("positions"), py::arg("slots"), py::arg("k_cache"), py::arg("v_cache"), py::arg("out"));
+}
+
 void bind_attention(py::module_& m) {
   m.def(
       "kv_cache_write",
@@ -241,9 +293,11 @@ void bind_attention(py::module_& m) {
 
 void bind_ops(py::module_& m) {
   bind_rows(m);
+  bind_sample(m);
   bind_routing(m);
   bind_mxfp4_moe(m);
   bind_rope(m);
+  bind_qkv(m);
   bind_attention(m);
 }
 

@@ -1,5 +1,7 @@
 #include "cuda/device_array.h"
 
+#include <algorithm>
+#include <cstring>
 #include <limits>
 
 #include "core/check.h"
@@ -121,6 +123,24 @@ DeviceArray allocate(Pool& pool, const std::vector<int64_t>& shape, DType dtype,
   array.tensor = contiguous(shape, dtype, what), array.device = pool.device();
   array.owner = pool.take(num_bytes(array.tensor), what);
   array.tensor.data = array.owner.get();
+  return array;
+}
+
+DeviceArray host_array(const std::shared_ptr<Stream>& stream, const std::vector<int64_t>& shape, DType dtype,
+                       const char* what) {
+  DeviceArray array;
+  array.tensor = contiguous(shape, dtype, what), array.device = stream->device();
+  const DeviceGuard guard(stream->device());
+  // With one address for host and device, as all of CUDA's 64-bit platforms have.
+  void* memory = nullptr;
+  const size_t bytes = std::max(num_bytes(array.tensor), size_t{1});
+  MXMOE_CUDA(cudaMallocHost(&memory, bytes));
+  std::memset(memory, 0, bytes);
+  array.owner = std::shared_ptr<void>(memory, [stream](void* p) {
+    cudaStreamSynchronize(stream->handle());
+    cudaFreeHost(p);
+  });
+  array.tensor.data = memory;
   return array;
 }
 

@@ -28,6 +28,10 @@ DeviceArray allocate(const std::shared_ptr<Stream>& stream, const std::vector<in
 DeviceArray allocate(const std::shared_ptr<Arena>& arena, int device, const std::vector<int64_t>& shape, DType dtype,
                      const char* what);
 DeviceArray allocate(Pool& pool, const std::vector<int64_t>& shape, DType dtype, const char* what);
+// In host memory that the device reads and writes, zeros at first. Given back when the stream has ended what it was
+// given by then.
+DeviceArray host_array(const std::shared_ptr<Stream>& stream, const std::vector<int64_t>& shape, DType dtype,
+                       const char* what);
 // Of the same number of elements; one size may be -1. The array must be contiguous.
 DeviceArray reshape(const DeviceArray& array, const std::vector<int64_t>& shape);
 

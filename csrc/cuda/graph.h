@@ -21,12 +21,14 @@ class Graph {
   void abandon();  // ends a capture that went wrong
   void replay();   // on the stream it was captured on
   size_t num_nodes() const { return num_nodes_; }
+  // Edges along which a kernel may begin before the one ahead has ended.
+  size_t num_overlaps() const { return num_overlaps_; }
 
  private:
   std::shared_ptr<Stream> stream_;
   cudaGraphExec_t executable_ = nullptr;
   bool capturing_ = false;
-  size_t num_nodes_ = 0;
+  size_t num_nodes_ = 0, num_overlaps_ = 0;
 };
 
 }  // namespace cuda

@@ -18,8 +18,11 @@ namespace cuda {
 // What a block gets without asking; more must be allowed for each kernel.
 constexpr size_t kPlainSharedBytes = 48 * 1024;
 
-// Dependent: may start before the kernel ahead of it in the stream has ended (sm_90 and later), which a kernel
-// that begins with ptx::wait_for_previous_kernel() stands. Elsewhere the same as Independent.
+// Dependent: may start before the kernel ahead of it in the stream has ended (sm_90 and later, on a stream that
+// overlaps), which a kernel stands that calls ptx::wait_for_previous_kernel() before it touches anything but weights.
+// Every such kernel also calls ptx::release_next_kernel(), first of all: the next one's blocks come when the last of
+// its own have begun, and wait in turn. Elsewhere the same as Independent. A captured graph keeps it as an edge of
+// its own kind (CUDA programming guide, programmatic dependent launch: use in graphs).
 enum class Order { Independent, Dependent };
 
 [[noreturn]] void throw_launch_error(cudaError_t status, const void* kernel, dim3 grid, dim3 block,
@@ -46,7 +49,7 @@ void launch(void (*kernel)(Params...), dim3 grid, dim3 block, size_t shared_byte
   config.blockDim = block;
   config.dynamicSmemBytes = shared_bytes;
   config.stream = stream.handle();
-  if (order == Order::Dependent && device(stream.device()).major >= 9) config.attrs = &early, config.numAttrs = 1;
+  if (order == Order::Dependent && stream.overlaps()) config.attrs = &early, config.numAttrs = 1;
   const cudaError_t status = cudaLaunchKernelEx(&config, kernel, std::forward<Args>(args)...);
   if (status != cudaSuccess) throw_launch_error(status, address, grid, block, shared_bytes);
 }

@@ -73,6 +73,13 @@ __device__ __forceinline__ bool aligned_to(const T* p, unsigned bytes) {
   return reinterpret_cast<uintptr_t>(p) % bytes == 0;
 }
 
+// sum + a . b, in one order and spelled with intrinsics: kernels that must give the same bits add up by this alone,
+// since a compiler may contract what is written with operators here and not there.
+__device__ __forceinline__ float add_products(float sum, float4 a, float4 b) {
+  return __fadd_rn(sum,
+                   __fadd_rn(__fmaf_rn(a.x, b.x, __fmul_rn(a.y, b.y)), __fmaf_rn(a.z, b.z, __fmul_rn(a.w, b.w))));
+}
+
 // The same tree on every lane, so that all hold the same bits.
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll

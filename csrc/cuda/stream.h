@@ -52,6 +52,10 @@ class Stream {
   std::mutex& mutex() { return mutex_; }
   void synchronize() const;
   bool capturing() const;
+  // Whether a launch of Order::Dependent may begin before the kernel ahead of it has ended. Only for work whose
+  // weights were there before: kernels ask for those without waiting.
+  bool overlaps() const { return overlaps_; }
+  void set_overlaps(bool overlaps) { overlaps_ = overlaps; }
   // Work given to this stream from now on waits for what `other` has been given so far; and the reverse.
   void wait_for(cudaStream_t other);
   void let_wait(cudaStream_t other);
@@ -72,6 +76,7 @@ class Stream {
   int device_;
   std::mutex mutex_;
   cudaStream_t stream_ = nullptr;
+  bool overlaps_ = false;
   void* workspace_ = nullptr;
   size_t workspace_bytes_ = 0;
   void* counters_ = nullptr;

@@ -16,6 +16,7 @@ This file is long because every op's contract stands in its docstring.
 from __future__ import annotations
 
 import functools
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -39,12 +40,15 @@ __all__ = [
     "linear_group",
     "mxfp4_moe",
     "on_stream",
+    "overlapping",
     "pooled",
     "problem",
     "rmsnorm",
+    "rmsnorm_qkv_rope",
     "rmsnorm_routing",
     "rope",
     "rope_kv_write",
+    "sample",
     "sink_attention",
     "synchronize",
     "use",
@@ -181,6 +185,23 @@ def on_stream(stream: Any) -> Iterator[None]:
     finally:
         extension().set_current_stream(before)
         before.wait_for(stream)
+
+
+@contextmanager
+def overlapping() -> Iterator[None]:
+    """Let kernels of the current stream begin before those ahead have ended, within the ``with`` block.
+
+    For work that reads weights which were there before the block: kernels ask for those without waiting. Nothing on
+    GPUs that cannot (compute capability below 9.0), or with ``MXMOE_CUDA_OVERLAP=0`` in the environment, which is
+    for finding faults and for measuring.
+    """
+    stream = extension().current_stream()
+    before = stream.overlaps
+    stream.overlaps = os.environ.get("MXMOE_CUDA_OVERLAP", "1") != "0"
+    try:
+        yield
+    finally:
+        stream.overlaps = before
 
 
 @contextmanager
@@ -570,6 +591,54 @@ def rope_kv_write(
 
 
 @_handing_back
+def rmsnorm_qkv_rope(
+    x: Array,
+    norm_weight: Array,
+    eps: float,
+    q: tuple[Array, Array | None],
+    k: tuple[Array, Array | None],
+    v: tuple[Array, Array | None],
+    cos: Array,
+    sin: Array,
+    positions: Any,
+    slots: Any,
+    k_cache: Array,
+    v_cache: Array,
+    *,
+    out: Array | None = None,
+) -> Array:
+    """Normalise, make queries, keys and values, rotate, and write the cache: one launch for up to 8 tokens.
+
+    The bits are those of `rmsnorm`, `linear_group` with activations "bf16", `rope` and `kv_cache_write`.
+
+    Parameters
+    ----------
+    x : array, shape (num_tokens, hidden_size), float32
+        `hidden_size` a multiple of 8.
+    norm_weight : array, shape (hidden_size,), bfloat16
+    eps : float
+    q, k, v : tuple of weight and bias
+        Weights (heads * head_dim, hidden_size) bfloat16, rows aligned to 16 bytes; biases of as many rows, bfloat16
+        or float32, or None. `head_dim` a multiple of 16.
+    cos, sin, positions, slots, k_cache, v_cache
+        As in `rope_kv_write`.
+    out : array, shape (num_tokens, num_attention_heads, head_dim), optional
+
+    Returns
+    -------
+    array, shape (num_tokens, num_attention_heads, head_dim)
+        The rotated queries, of the cache's dtype.
+    """
+    if out is None:
+        head_dim = _shape("k_cache", k_cache, 4)[3]
+        heads = _shape("q_weight", q[0], 2)[0] // head_dim
+        out = _empty(x, (_shape("x", x, 2)[0], heads, head_dim), _float_dtype("k_cache", k_cache))
+    at, places = _integers("positions", positions, np.int64), _integers("slots", slots, np.int64)
+    extension().rmsnorm_qkv_rope(x, norm_weight, eps, q, k, v, cos, sin, at, places, k_cache, v_cache, out)
+    return out
+
+
+@_handing_back
 def sink_attention(
     q: Array,
     k_cache: Array,
@@ -625,7 +694,12 @@ def sink_attention(
 
 
 @_handing_back
-def greedy_sample(logits: Array, *, out: tuple[Array, Array] | None = None) -> tuple[Array, Array]:
+def greedy_sample(
+    logits: Array,
+    *,
+    out: tuple[Array, Array] | None = None,
+    copies: tuple[Array, Array, Array] | None = None,
+) -> tuple[Array, Array]:
     """Take the likeliest token of each row, the lowest id among equals.
 
     Parameters
@@ -633,6 +707,9 @@ def greedy_sample(logits: Array, *, out: tuple[Array, Array] | None = None) -> t
     logits : array, shape (num_tokens, vocab_size), float32
     out : tuple of arrays, optional
         The two results, to be written in place.
+    copies : tuple of arrays, optional
+        Positions (num_tokens,) int64, and where the results are written once more: (2, num_tokens) int64 and float32,
+        the first row for tokens at even positions. So a step's can still be read while the next one runs.
 
     Returns
     -------
@@ -644,5 +721,49 @@ def greedy_sample(logits: Array, *, out: tuple[Array, Array] | None = None) -> t
     if out is None:
         num_tokens = _shape("logits", logits, 2)[0]
         out = (_empty(logits, (num_tokens,), "int64"), _empty(logits, (num_tokens,), "float32"))
-    extension().greedy_sample(logits, *out)
+    extension().greedy_sample(logits, *out, *(copies or (None, None, None)))
+    return out
+
+
+@_handing_back
+def sample(
+    logits: Array,
+    temperature: Array,
+    top_p: Array,
+    top_k: Array,
+    min_p: Array,
+    uniforms: Array,
+    positions: Array,
+    *,
+    out: tuple[Array, Array] | None = None,
+    copies: tuple[Array, Array] | None = None,
+) -> tuple[Array, Array]:
+    """Draw a token from each row of logits, as `mxmoe.sampling.Sampler` does.
+
+    Parameters
+    ----------
+    logits : array, shape (num_tokens, vocab_size), float32
+    temperature, top_p, min_p : array, shape (num_tokens,), float64
+        As in `mxmoe.sampling.SamplingParams`. They are on the GPU and cannot be checked here.
+    top_k : array, shape (num_tokens,), int64
+    uniforms : array, shape (2, num_tokens), float64
+        In [0, 1): a number for each draw, of which the first row is taken for tokens at even positions, so that the
+        next step's can be written while one runs. The same number gives the choice that the sampler would make of
+        it, but for a chance of about 1e-7: probabilities are kept to 22 bits.
+    positions : array, shape (num_tokens,), int64
+    out : tuple of arrays, optional
+        The two results, to be written in place.
+    copies : tuple of arrays, optional
+        Where the results are written once more: see `greedy_sample`.
+
+    Returns
+    -------
+    token_ids, logprobs
+        As of `greedy_sample`; logprobs before temperature and cuts.
+    """
+    if out is None:
+        num_tokens = _shape("logits", logits, 2)[0]
+        out = (_empty(logits, (num_tokens,), "int64"), _empty(logits, (num_tokens,), "float32"))
+    more = copies or (None, None)
+    extension().sample(logits, temperature, top_p, top_k, min_p, uniforms, positions, *out, *more)
     return out

@@ -314,8 +314,12 @@ def _choose(
 ) -> list[tuple[int, float]]:
     """Run new tokens, and choose what follows each sequence's last one."""
     where: dict[str, Any] = {"cache": cache, "cu_seqlens": bounds, "sequences": [s.number for s in sequences]}
-    if model.chooses_on_device and all(s.sampler.params.temperature == 0.0 for s in sequences):
-        token_ids, logprobs = model.likeliest(ids, **where)
+    if model.chooses_on_device:
+        ahead = all(s.left > 1 for s in sequences)
+        if all(s.sampler.params.temperature == 0.0 for s in sequences):
+            token_ids, logprobs = model.likeliest(ids, **where, ahead=ahead)
+        else:
+            token_ids, logprobs = model.drawn(ids, [s.sampler for s in sequences], **where, ahead=ahead)
         if not np.isfinite(logprobs).all():
             raise ValueError(
                 "the logits hold a NaN or infinity; wanted finite numbers: are the weights or a hook broken?"

@@ -116,6 +116,11 @@ class KVCache:
     device : Device
         Where keys and values lie; tables and lengths are the host's.
 
+    Attributes
+    ----------
+    changes : int
+        Calls so far that changed what the cache holds or is about to hold.
+
     Raises
     ------
     ValueError, TypeError
@@ -150,6 +155,7 @@ class KVCache:
         self.num_sequences, self.block_size, self.step_tokens = num_sequences, block_size, step_tokens
         self.device = device
         self._lengths = [0] * num_sequences
+        self.changes = 0
 
         max_blocks = -(-max_tokens // block_size)
         window = config.sliding_window or 1
@@ -219,6 +225,7 @@ class KVCache:
             self.check_room(sequence, count)
             if count > self.step_tokens:
                 raise ValueError(f"a step has {count} new tokens; the cache takes up to {self.step_tokens}")
+        self.changes += 1
         pages: dict[str, Pages] = {}
         for kind, pool in self._pools.items():
             slots = []
@@ -231,6 +238,7 @@ class KVCache:
 
     def commit(self, sequences: Sequence[int], new_tokens: Sequence[int]) -> None:
         """Count tokens whose keys and values have been written in every layer; sliding layers let go of the past."""
+        self.changes += 1
         for sequence, count in zip(sequences, new_tokens, strict=True):
             self._lengths[sequence] += count
             pool = self._pools.get("sliding_attention")
@@ -240,6 +248,7 @@ class KVCache:
     def reset(self, sequence: int = 0) -> None:
         """Forget a sequence."""
         self.check_room(sequence, 0)
+        self.changes += 1
         for pool in self._pools.values():
             pool.release(sequence, pool.table.shape[1] * self.block_size)
         self._lengths[sequence] = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mxmoe.config import ModelConfig
-from mxmoe.decoding import Decoder
+from mxmoe.decoding import Decoder, draw
 from mxmoe.devices import HOST, Device, Gpu
 from mxmoe.inspection import Hook, HookFunction, Taps, check_pattern, site_names
 from mxmoe.kv_cache import KVCache, KVDtype, Pages
 from mxmoe.layers import DecoderLayer, Embedding, Experts, Linear, RMSNorm, Step, Tap
+from mxmoe.sampling import Sampler
 from mxmoe.tokenizer import Tokenizer
 
 __all__ = ["LoadOptions", "Transformer"]
@@ -258,7 +260,7 @@ class Transformer:
         run = self._check(token_ids, cache, cu_seqlens, sequences)
         taps = Taps(self.config, self._hooks, capture, self._device)
         if logits != "none" and self._decodes(run, taps):
-            (result,) = self._decode(run, "logits")
+            result = self._decoder(run).logits(self, run.cache, run.ids, run.sequences)
         else:
             rows = self._run(run, taps, logits, self._device.get)
             result = np.concatenate(rows) if len(rows) > 1 else rows[0] if rows else self._no_logits()
@@ -268,7 +270,7 @@ class Transformer:
 
     @property
     def chooses_on_device(self) -> bool:
-        """Whether `likeliest` is there to be used: on a GPU."""
+        """Whether `likeliest` and `drawn` are there to be used: on a GPU."""
         return isinstance(self._device, Gpu)
 
     def likeliest(
@@ -278,10 +280,17 @@ class Transformer:
         cache: KVCache,
         cu_seqlens: Sequence[int] | None = None,
         sequences: Sequence[int] | None = None,
+        ahead: bool = False,
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Run new tokens through a model on a GPU, and take the likeliest token after each sequence's last one.
 
-        Logits stay on the GPU. Parameters and errors are those of `forward`.
+        Logits stay on the GPU. Parameters and errors are those of `forward`; and
+
+        Parameters
+        ----------
+        ahead : bool
+            The next call will go on with the tokens that this one returns, most likely: the GPU then begins with
+            them before they have been read here. If the call does not come, only time is lost.
 
         Returns
         -------
@@ -293,14 +302,41 @@ class Transformer:
         run = self._check(token_ids, cache, cu_seqlens, sequences)
         taps = Taps(self.config, self._hooks, None, self._device)
         if self._decodes(run, taps):
-            ids, logprobs = self._decode(run, "likeliest")
-            return ids, logprobs
+            return self._decoder(run).choose(self, run.cache, run.ids, run.sequences, None, ahead)
 
         def choose(logits: Array) -> tuple[Array, Array]:
             ids, logprobs = self._device.ops.greedy_sample(logits)
             return self._device.get(ids), self._device.get(logprobs)
 
         chosen = self._run(run, taps, "last", choose)
+        return np.concatenate([ids for ids, _ in chosen]), np.concatenate([logprobs for _, logprobs in chosen])
+
+    def drawn(
+        self,
+        token_ids: ArrayLike,
+        samplers: Sequence[Sampler],
+        *,
+        cache: KVCache,
+        cu_seqlens: Sequence[int] | None = None,
+        sequences: Sequence[int] | None = None,
+        ahead: bool = False,
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Run new tokens through a model on a GPU, and draw what follows each sequence's last one.
+
+        The GPU does it in the place of samplers, with the numbers that they would use; its choice is theirs (see
+        `mxmoe.cuda.sample`). Parameters, results and errors are those of `likeliest`; and
+
+        Parameters
+        ----------
+        samplers : sequence of Sampler
+            Of each sequence; each that draws has then used up one number.
+        """
+        run = self._check(token_ids, cache, cu_seqlens, sequences)
+        taps = Taps(self.config, self._hooks, None, self._device)
+        if self._decodes(run, taps):
+            return self._decoder(run).choose(self, run.cache, run.ids, run.sequences, samplers, ahead)
+        coming = iter(samplers)  # sequences end in their order
+        chosen = self._run(run, taps, "last", lambda rows: draw(rows, list(itertools.islice(coming, len(rows)))))
         return np.concatenate([ids for ids, _ in chosen]), np.concatenate([logprobs for _, logprobs in chosen])
 
     def check_cache(self, cache: object) -> None:
@@ -357,13 +393,13 @@ class Transformer:
         """Whether it is a decoding step that a GPU can replay: a token a sequence, and nobody watching."""
         return isinstance(self._device, Gpu) and taps.idle and len(run.ids) == len(run.sequences)
 
-    def _decode(self, run: _Run, want: str) -> tuple[Array, ...]:
+    def _decoder(self, run: _Run) -> Decoder:
         decoder = self._decoders.get(run.cache)
         if decoder is None:
             positions = np.arange(run.cache.max_tokens, dtype=np.int64)
             decoder = Decoder(run.cache, self._device.host_ops.rope_cos_sin(positions, *self._rope))
             self._decoders[run.cache] = decoder
-        return decoder.run(self, run.cache, run.ids, run.sequences, want)
+        return decoder
 
     def _no_logits(self) -> Array:
         return np.zeros((0, self.config.vocab_size), np.float32)

@@ -82,6 +82,7 @@ class Sampler:
             raise ValueError(f"seed is {seed}; wanted 0 or more")
         self.params = params
         self._random = np.random.Generator(np.random.Philox(int(seed)))
+        self._coming: list[float] = []  # drawn, but not yet used
 
     def __call__(self, logits: NDArray[Any]) -> tuple[int, float]:
         """Choose a token.
@@ -107,8 +108,24 @@ class Sampler:
             raise ValueError(f"the logits reach {top}; wanted finite numbers: are the weights or a hook broken?")
         shifted = logits.astype(np.float64) - top
         total = math.log(np.exp(shifted).sum())
-        token = best if self.params.temperature == 0.0 else self._draw(shifted)
+        token = self._draw(shifted) if self.draws else best
         return token, float(shifted[token]) - total
+
+    @property
+    def draws(self) -> bool:
+        """Whether a choice uses up a number; the likeliest token needs none."""
+        return self.params.temperature != 0.0
+
+    def peek(self, count: int) -> tuple[float, ...]:
+        """Return the numbers in [0, 1) that the next `count` draws will use; `take` uses one up."""
+        while len(self._coming) < count:
+            self._coming.append(float(self._random.random()))
+        return tuple(self._coming[:count])
+
+    def take(self) -> float:
+        """Use up the number that the next draw would use."""
+        self.peek(1)
+        return self._coming.pop(0)
 
     def _draw(self, shifted: NDArray[np.float64]) -> int:
         with np.errstate(over="ignore"):  # a temperature near 0 leaves the likeliest token alone
@@ -127,5 +144,5 @@ class Sampler:
             keep = int(np.count_nonzero(p >= self.params.min_p * p[0]))
             candidates, p = candidates[:keep], p[:keep]
         cumulative = np.cumsum(p)
-        drawn = np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right")
+        drawn = np.searchsorted(cumulative, self.take() * cumulative[-1], side="right")
         return int(candidates[min(int(drawn), len(candidates) - 1)])

@@ -36,6 +36,7 @@ struct EmulatedStream {
 };
 struct EmulatedGraph {
   std::vector<Work> nodes;
+  std::vector<bool> overlaps;  // with the node before, by what its launch allowed
 };
 
 namespace {
@@ -93,12 +94,13 @@ void drain_everything() {
   for (EmulatedStream* stream : machine().streams) drain(*stream);
 }
 
-cudaError_t submit(cudaStream_t handle, Work work) {
+cudaError_t submit(cudaStream_t handle, Work work, bool overlaps = false) {
   EmulatedStream* stream = stream_of(handle);
   if (stream == nullptr) return failed(cudaErrorInvalidResourceHandle);
   if (machine().sticky != cudaSuccess) return failed(machine().sticky);
   if (stream->capture != nullptr) {
     stream->capture->nodes.push_back(std::move(work));
+    stream->capture->overlaps.push_back(overlaps);
   } else {
     stream->queue.push_back(std::move(work));
   }
@@ -147,11 +149,17 @@ cudaError_t submit_kernel(const cudaLaunchConfig_t& config, const void*, std::fu
       config.gridDim.y == 0 || config.gridDim.z == 0 || config.gridDim.y > 65535 || config.gridDim.z > 65535) {
     return failed(cudaErrorInvalidConfiguration);
   }
-  return submit(config.stream, [config, body = std::move(body)] {
+  bool overlaps = false;
+  for (unsigned i = 0; i < config.numAttrs; ++i) {
+    overlaps = overlaps || (config.attrs[i].id == cudaLaunchAttributeProgrammaticStreamSerialization &&
+                            config.attrs[i].val.programmaticStreamSerializationAllowed != 0);
+  }
+  const auto run = [config, body = std::move(body)] {
     if (machine().sticky != cudaSuccess) return;
     const std::string wrong = run_grid(config.gridDim, config.blockDim, config.dynamicSmemBytes, body);
     if (!wrong.empty()) break_device(cudaErrorLaunchFailure, wrong);
-  });
+  };
+  return submit(config.stream, run, overlaps);
 }
 
 std::string fault() {
@@ -401,6 +409,12 @@ cudaError_t cudaEventElapsedTime(float* milliseconds, cudaEvent_t from, cudaEven
 
 cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t*, size_t* count) {
   return *count = graph->nodes.size(), cudaSuccess;
+}
+cudaError_t cudaGraphGetEdges(cudaGraph_t graph, cudaGraphNode_t*, cudaGraphNode_t*, cudaGraphEdgeData* data,
+                              size_t* count) {
+  if (data == nullptr) return *count = graph->nodes.empty() ? 0 : graph->nodes.size() - 1, cudaSuccess;
+  for (size_t i = 0; i < *count; ++i) data[i] = {0, 0, static_cast<unsigned char>(graph->overlaps[i + 1])};
+  return cudaSuccess;
 }
 cudaError_t cudaGraphInstantiate(cudaGraphExec_t* executable, cudaGraph_t graph, unsigned long long) {
   *executable = new EmulatedGraph(*graph);

@@ -15,6 +15,7 @@ __global__ void __launch_bounds__(kThreads)
     embedding_sm80_kernel(const int64_t* token_ids, const W* weight, int64_t weight_stride, int64_t vocab_size,
                           int64_t hidden_size, float* y, int64_t y_stride) {
   const int64_t i = blockIdx.y * kPerBlock + 4 * int64_t{threadIdx.x};
+  ptx::release_next_kernel();
   if (i >= hidden_size) return;
   ptx::wait_for_previous_kernel();
   const int64_t id = token_ids[blockIdx.x];
@@ -36,11 +37,11 @@ void embedding(Stream& stream, const Tensor& token_ids, const Tensor& weight, co
   record_kernel("embedding", "embedding_sm80_kernel");
   const auto* ids = token_ids.as<int64_t>();
   if (weight.dtype == DType::f32) {
-    launch(embedding_sm80_kernel<float>, grid, kThreads, 0, stream, ids, weight.as<float>(), weight.stride[0],
-           weight.shape[0], hidden_size, y.as<float>(), y.stride[0]);
+    launch(embedding_sm80_kernel<float>, grid, kThreads, 0, stream, Order::Dependent, ids, weight.as<float>(),
+           weight.stride[0], weight.shape[0], hidden_size, y.as<float>(), y.stride[0]);
   } else {
-    launch(embedding_sm80_kernel<bf16>, grid, kThreads, 0, stream, ids, weight.as<bf16>(), weight.stride[0],
-           weight.shape[0], hidden_size, y.as<float>(), y.stride[0]);
+    launch(embedding_sm80_kernel<bf16>, grid, kThreads, 0, stream, Order::Dependent, ids, weight.as<bf16>(),
+           weight.stride[0], weight.shape[0], hidden_size, y.as<float>(), y.stride[0]);
   }
 }
 

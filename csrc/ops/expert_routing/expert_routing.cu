@@ -4,7 +4,7 @@
 
 #include "core/check.h"
 #include "cuda/launch.h"
-#include "cuda/numeric.cuh"
+#include "ops/rmsnorm/rmsnorm_row.cuh"
 
 namespace mxmoe {
 namespace cuda {
@@ -47,7 +47,7 @@ __device__ void choose_experts(const float* logits, int num_experts, int experts
     const float logit = logits[expert];
     if (i == 0) top = logit;
     const float power = expf(logit - top);
-    sum += power;
+    sum = __fadd_rn(sum, power);
     if (lane == 0) ids[i] = expert, weights[i] = power;
   }
   if (lane == 0) {
@@ -59,6 +59,7 @@ __global__ void __launch_bounds__(kThreads)
     expert_routing_sm80_kernel(const float* logits, int64_t logits_stride, int64_t num_tokens, int num_experts,
                                int experts_per_token, int32_t* ids, float* weights) {
   const int64_t token = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp;
+  ptx::release_next_kernel();
   if (token >= num_tokens) return;
   ptx::wait_for_previous_kernel();
   choose_experts(logits + token * logits_stride, num_experts, experts_per_token, ids + token * experts_per_token,
@@ -91,23 +92,59 @@ struct NormRouting {
 // The normalised row to `row` (shared, zeros to a multiple of 4) and, from one block, to h.
 template <typename X, typename H>
 __device__ void normalise(const NormRouting& r, int64_t token, bool write, float* row, float* partial) {
+  static_assert(kWarps == norm::kParts, "a warp a part");
   const X* x = static_cast<const X*>(r.x) + token * r.x_stride;
   H* h = static_cast<H*>(r.h) + token * r.h_stride;
   const int64_t n = r.hidden_size;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
   const bool x_aligned = aligned_to(x, 4 * sizeof(X)), h_aligned = aligned_to(h, 4 * sizeof(H));
   const bool w_aligned = aligned_to(r.norm_weight, 8);
-  float squares = 0.0f;
+  const float part = norm::part_of_squares(x, n, x_aligned, warp);
+  if (threadIdx.x % kWarp == 0) partial[warp] = part;
+  __syncthreads();
+  const float inverse = norm::inverse_of(partial, n, r.eps);
   for (int64_t i = 4 * int64_t{threadIdx.x}; i < n; i += 4 * kThreads) {
-    const float4 v = load4(x, i, n, x_aligned);
-    squares += (v.x * v.x + v.y * v.y) + (v.z * v.z + v.w * v.w);
-  }
-  const float inverse = 1.0f / sqrtf(block_sum<kThreads>(squares, partial) / static_cast<float>(n) + r.eps);
-  for (int64_t i = 4 * int64_t{threadIdx.x}; i < n; i += 4 * kThreads) {
-    const float4 v = load4(x, i, n, x_aligned), w = load4(r.norm_weight, i, n, w_aligned);
-    const float4 y = make_float4(v.x * inverse * w.x, v.y * inverse * w.y, v.z * inverse * w.z, v.w * inverse * w.w);
+    const float4 y = norm::scaled(load4(x, i, n, x_aligned), inverse, load4(r.norm_weight, i, n, w_aligned));
     *reinterpret_cast<float4*>(row + i) = y;
     if (write) store4(h, i, n, h_aligned, y);
   }
+}
+
+// The first values of an expert's weights, for a lane: asked for before anything is known of x. 24 steps of 128
+// hold a row of 3072.
+constexpr int kHeldSteps = 24;
+struct Held {
+  uint2 values[kHeldSteps];
+};
+__device__ __forceinline__ void hold(Held& held, const bf16* weight, int n) {
+#pragma unroll
+  for (int j = 0; j < kHeldSteps; ++j) {
+    const int i = 4 * (j * kWarp + static_cast<int>(threadIdx.x) % kWarp);
+    held.values[j] = i + 4 <= n ? *reinterpret_cast<const uint2*>(weight + i) : make_uint2(0, 0);
+  }
+}
+
+// An expert's logits for the block's tokens, as linear_f32_bf16_sm80_kernel adds them up.
+__device__ __forceinline__ void score(const NormRouting& r, const bf16* weight, bool aligned, const Held& held,
+                                      const float* rows, int padded, int tokens, float (&sums)[kTokens]) {
+  const auto add = [&](int i, float4 w) {
+#pragma unroll
+    for (int t = 0; t < kTokens; ++t) {
+      if (t < tokens) sums[t] = add_products(sums[t], *reinterpret_cast<const float4*>(rows + t * padded + i), w);
+    }
+  };
+  int i = 4 * (static_cast<int>(threadIdx.x) % kWarp);
+  if (aligned) {
+#pragma unroll
+    for (int j = 0; j < kHeldSteps; ++j) {
+      const uint2 v = held.values[j];
+      if (i + 4 <= r.hidden_size) {
+        add(i, make_float4(widen_low(v.x), widen_high(v.x), widen_low(v.y), widen_high(v.y)));
+        i += 4 * kWarp;
+      }
+    }
+  }
+  for (; i < r.hidden_size; i += 4 * kWarp) add(i, load4(weight, i, r.hidden_size, aligned));
 }
 
 // Blocks (group of tokens, group of experts), a warp an expert. The block that comes last for its tokens has all
@@ -122,30 +159,25 @@ __global__ void __launch_bounds__(kThreads) rmsnorm_routing_sm80_kernel(NormRout
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
   const int64_t first = int64_t{blockIdx.x} * kTokens;
   const int tokens = static_cast<int>(min(int64_t{kTokens}, r.num_tokens - first));
+  const int expert = static_cast<int>(blockIdx.y) * kWarps + warp;
+  const bf16* weight = r.router_weight + min(expert, r.num_experts - 1) * r.router_stride;
+  const bool aligned = aligned_to(weight, 8);
+  Held held;
+  if (aligned) hold(held, weight, r.hidden_size);
+  ptx::release_next_kernel();
   ptx::wait_for_previous_kernel();
 
   for (int t = 0; t < tokens; ++t) {
     normalise<X, H>(r, first + t, blockIdx.y == 0, rows + t * padded, partial + t * kWarps);
   }
   __syncthreads();
-  const int expert = static_cast<int>(blockIdx.y) * kWarps + warp;
   if (expert < r.num_experts) {
-    const bf16* weight = r.router_weight + expert * r.router_stride;
-    const bool aligned = aligned_to(weight, 8);
     float sums[kTokens] = {};
-    for (int i = 4 * lane; i < r.hidden_size; i += 4 * kWarp) {
-      const float4 w = load4(weight, i, r.hidden_size, aligned);
-#pragma unroll
-      for (int t = 0; t < kTokens; ++t) {
-        if (t >= tokens) continue;
-        const float4 h = *reinterpret_cast<const float4*>(rows + t * padded + i);
-        sums[t] += (h.x * w.x + h.y * w.y) + (h.z * w.z + h.w * w.w);
-      }
-    }
+    score(r, weight, aligned, held, rows, padded, tokens, sums);
 #pragma unroll
     for (int t = 0; t < kTokens; ++t) {
       if (t >= tokens) continue;
-      const float logit = warp_sum(sums[t]) + widen(r.router_bias[expert]);
+      const float logit = __fadd_rn(warp_sum(sums[t]), widen(r.router_bias[expert]));
       if (lane == 0) r.logits[(first + t) * r.num_experts + expert] = logit;
     }
   }
@@ -212,7 +244,7 @@ void expert_routing(Stream& stream, const Tensor& router_logits, const Tensor& t
   check_expert_routing(router_logits, topk_ids, topk_weights);
   record_kernel("expert_routing", "expert_routing_sm80_kernel");
   launch(expert_routing_sm80_kernel, grid_size(ceil_div(router_logits.shape[0], kWarps)), kThreads, 0, stream,
-         router_logits.as<float>(), router_logits.stride[0], router_logits.shape[0],
+         Order::Dependent, router_logits.as<float>(), router_logits.stride[0], router_logits.shape[0],
          static_cast<int>(router_logits.shape[1]), static_cast<int>(topk_ids.shape[1]), topk_ids.as<int32_t>(),
          topk_weights.as<float>());
 }
@@ -241,10 +273,10 @@ void rmsnorm_routing(Stream& stream, const Tensor& x, const NormRouter& router, 
   const bool h_f32 = h.dtype == DType::f32;
   if (x.dtype == DType::f32) {
     launch(h_f32 ? rmsnorm_routing_sm80_kernel<float, float> : rmsnorm_routing_sm80_kernel<float, bf16>, grid,
-           kThreads, shared, stream, r);
+           kThreads, shared, stream, Order::Dependent, r);
   } else {
     launch(h_f32 ? rmsnorm_routing_sm80_kernel<bf16, float> : rmsnorm_routing_sm80_kernel<bf16, bf16>, grid, kThreads,
-           shared, stream, r);
+           shared, stream, Order::Dependent, r);
   }
 }
 

@@ -15,6 +15,7 @@ template <typename X, typename KV>
 __global__ void __launch_bounds__(kThreads)
     kv_cache_write_sm80_kernel(const X* k, int64_t k_stride, const X* v, int64_t v_stride, KV* k_cache, KV* v_cache,
                                const int64_t* slots, int64_t num_slots, int num_heads, int block_size, int head_dim) {
+  ptx::release_next_kernel();
   ptx::wait_for_previous_kernel();
   const int64_t slot = slots[blockIdx.x];
   if (slot < 0 || slot >= num_slots) return;
@@ -29,8 +30,8 @@ __global__ void __launch_bounds__(kThreads)
 
 template <typename X, typename KV>
 void launch_write(Stream& stream, const Tensor& k, const Tensor& v, const Tensor& slots, const KvCache& cache) {
-  launch(kv_cache_write_sm80_kernel<X, KV>, dim3(grid_size(k.shape[0]), 2), kThreads, 0, stream, k.as<X>(),
-         k.stride[0], v.as<X>(), v.stride[0], cache.k.as<KV>(), cache.v.as<KV>(), slots.as<int64_t>(),
+  launch(kv_cache_write_sm80_kernel<X, KV>, dim3(grid_size(k.shape[0]), 2), kThreads, 0, stream, Order::Dependent,
+         k.as<X>(), k.stride[0], v.as<X>(), v.stride[0], cache.k.as<KV>(), cache.v.as<KV>(), slots.as<int64_t>(),
          cache.k.shape[0] * cache.k.shape[2], static_cast<int>(cache.k.shape[1]), static_cast<int>(cache.k.shape[2]),
          static_cast<int>(cache.k.shape[3]));
 }
@@ -50,6 +51,7 @@ __global__ void __launch_bounds__(kThreads)
     kv_cache_advance_sm80_kernel(int32_t* seq_lens, int64_t* positions, int64_t num_sequences, AdvanceTables tables,
                                  int64_t block_size) {
   const int64_t s = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  ptx::release_next_kernel();
   ptx::wait_for_previous_kernel();
   if (s >= num_sequences) return;
   const int64_t position = seq_lens[s], place = position / block_size;
@@ -90,7 +92,7 @@ void kv_cache_advance(Stream& stream, const Tensor& seq_lens, const Tensor& posi
   }
   check_no_overlap("positions", positions, "seq_lens", seq_lens);
   record_kernel("kv_cache_advance", "kv_cache_advance_sm80_kernel");
-  launch(kv_cache_advance_sm80_kernel, dim3(grid_size(ceil_div(n, kThreads))), kThreads, 0, stream,
+  launch(kv_cache_advance_sm80_kernel, dim3(grid_size(ceil_div(n, kThreads))), kThreads, 0, stream, Order::Dependent,
          seq_lens.as<int32_t>(), positions.as<int64_t>(), n, all, block_size);
 }
 

@@ -25,6 +25,7 @@ __global__ void __launch_bounds__(kThreads)
                                 int64_t weight_stride, int64_t out_features, int64_t k, Epilogue epilogue) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
   const int64_t row = int64_t{blockIdx.x} * kWarps + threadIdx.x / kWarp, token0 = int64_t{blockIdx.y} * kTokens;
+  ptx::release_next_kernel();
   if (row >= out_features) return;
   ptx::wait_for_previous_kernel();
   const bf16* weights = weight + row * weight_stride;
@@ -37,7 +38,7 @@ __global__ void __launch_bounds__(kThreads)
     for (int t = 0; t < kTokens; ++t) {
       if (token0 + t >= num_tokens) continue;
       const float4 v = load4(x + (token0 + t) * x_stride, i, k, x_aligned);
-      sums[t] += (v.x * w.x + v.y * w.y) + (v.z * w.z + v.w * w.w);
+      sums[t] = add_products(sums[t], v, w);
     }
   }
 #pragma unroll
@@ -52,6 +53,7 @@ __global__ void __launch_bounds__(kThreads)
 __global__ void __launch_bounds__(kThreads)
     linear_round_sm80_kernel(const float* x, int64_t x_stride, int64_t k, bf16* rounded, int64_t rounded_stride) {
   const int64_t i = 4 * (int64_t{blockIdx.y} * kThreads + threadIdx.x);
+  ptx::release_next_kernel();
   if (i >= k) return;
   ptx::wait_for_previous_kernel();
   const float* row = x + blockIdx.x * x_stride;
@@ -72,28 +74,51 @@ struct GemvCall {
   int64_t blocks;
 };
 
+int64_t staged_bytes(int64_t num_tokens, int64_t k) {
+  return num_tokens * linear_mma::staged_stride(k) * static_cast<int64_t>(sizeof(bf16));
+}
+
 void add_layer(GemvCall& c, const Tensor& weight, const Epilogue& epilogue) {
   c.layers.of[c.layers.count++] = {weight.as<bf16>(), weight.stride[0], weight.shape[0], grid_size(c.blocks),
                                    epilogue};
   c.blocks += ceil_div(weight.shape[0], kTileRows);
 }
 
-template <int kTiles, typename X>
+template <int kTiles, bool kStaged, bool kWide, typename X>
 void launch_gemv(const GemvCall& c) {
-  const int64_t num_tokens = c.x.shape[0];
+  const int64_t num_tokens = c.x.shape[0], k = c.x.shape[1];
   const dim3 grid(grid_size(c.blocks), grid_depth(ceil_div(num_tokens, kTiles * kTileTokens)));
+  size_t shared = linear_mma::gemv_shared_bytes<kTiles>();
+  if (kStaged) shared += static_cast<size_t>(staged_bytes(num_tokens, k));
   record_kernel("linear", "linear_bf16_bf16_gemv_sm80_kernel");
-  launch(linear_mma::linear_bf16_bf16_gemv_sm80_kernel<kTiles, X>, grid, kGemvThreads,
-         linear_mma::gemv_shared_bytes<kTiles>(), c.stream, c.x.as<X>(), c.x.stride[0], num_tokens, c.x.shape[1],
-         c.layers);
+  launch(linear_mma::linear_bf16_bf16_gemv_sm80_kernel<kTiles, kStaged, kWide, X>, grid, kGemvThreads, shared,
+         c.stream, Order::Dependent, c.x.as<X>(), c.x.stride[0], num_tokens, k, c.layers);
+}
+
+template <bool kWide, typename X>
+void gemv(const GemvCall& c) {
+  const int64_t num_tokens = c.x.shape[0];
+  if (num_tokens > 16) return launch_gemv<4, false, kWide, X>(c);
+  if (num_tokens > 8) return launch_gemv<2, false, kWide, X>(c);
+  if (staged_bytes(num_tokens, c.x.shape[1]) > linear_mma::kMaxStagedBytes) {
+    return launch_gemv<1, false, kWide, X>(c);
+  }
+  launch_gemv<1, true, kWide, X>(c);
+}
+
+// Whether every weight row is whole pieces of 16 bytes.
+bool is_wide(const GemvCall& c) {
+  bool wide = c.x.shape[1] % 8 == 0;
+  for (int i = 0; i < c.layers.count; ++i) {
+    const linear_mma::GemvLayer& layer = c.layers.of[i];
+    wide = wide && reinterpret_cast<uintptr_t>(layer.weight) % 16 == 0 && layer.weight_stride % 8 == 0;
+  }
+  return wide;
 }
 
 template <typename X>
 void gemv(const GemvCall& c) {
-  const int64_t num_tokens = c.x.shape[0];
-  if (num_tokens <= 8) return launch_gemv<1, X>(c);
-  if (num_tokens <= 16) return launch_gemv<2, X>(c);
-  launch_gemv<4, X>(c);
+  is_wide(c) ? gemv<true, X>(c) : gemv<false, X>(c);
 }
 
 void gemv(const GemvCall& c) { c.x.dtype == DType::f32 ? gemv<float>(c) : gemv<bf16>(c); }
@@ -107,14 +132,14 @@ void gemm(const Call& c) {
     auto* rounded = static_cast<bf16*>(c.stream.workspace(static_cast<size_t>(num_tokens * x_stride) * sizeof(bf16),
                                                           "linear's rounded activations"));
     launch(linear_round_sm80_kernel, dim3(grid_size(num_tokens), grid_depth(ceil_div(k, 4 * kThreads))), kThreads, 0,
-           c.stream, c.x.as<float>(), c.x.stride[0], k, rounded, x_stride);
+           c.stream, Order::Dependent, c.x.as<float>(), c.x.stride[0], k, rounded, x_stride);
     x = rounded;
   }
   record_kernel("linear", "linear_bf16_bf16_sm80_kernel");
   launch(linear_mma::linear_bf16_bf16_sm80_kernel,
          dim3(grid_size(ceil_div(out_features, linear_mma::kGemmRows)),
               grid_depth(ceil_div(num_tokens, linear_mma::kGemmTokens))),
-         linear_mma::kGemmThreads, linear_mma::kGemmSharedBytes, c.stream, x, x_stride, num_tokens,
+         linear_mma::kGemmThreads, linear_mma::kGemmSharedBytes, c.stream, Order::Dependent, x, x_stride, num_tokens,
          c.weight.as<bf16>(), c.weight.stride[0], out_features, k, c.epilogue);
 }
 
@@ -124,8 +149,8 @@ void unrounded(const Call& c) {
   record_kernel("linear", "linear_f32_bf16_sm80_kernel");
   launch(linear_f32_bf16_sm80_kernel<X>,
          dim3(grid_size(ceil_div(out_features, kWarps)), grid_depth(ceil_div(num_tokens, kTokens))), kThreads, 0,
-         c.stream, c.x.as<X>(), c.x.stride[0], num_tokens, c.weight.as<bf16>(), c.weight.stride[0], out_features,
-         c.weight.shape[1], c.epilogue);
+         c.stream, Order::Dependent, c.x.as<X>(), c.x.stride[0], num_tokens, c.weight.as<bf16>(), c.weight.stride[0],
+         out_features, c.weight.shape[1], c.epilogue);
 }
 
 void check_on_gpu(const char* name, const LinearWeights& w, Activations activations) {

@@ -59,6 +59,7 @@ __global__ void __launch_bounds__(kGemmThreads, 1)
     }
     ptx::cp_async_commit();  // also when empty, so that the count of groups stays that of steps
   };
+  ptx::release_next_kernel();
   ptx::wait_for_previous_kernel();
   fetch_step(0);
   fetch_step(1);

@@ -33,9 +33,10 @@ __device__ __forceinline__ void finish(const Epilogue& e, int64_t token, int64_t
   e.y[token * e.y_stride + row] = sum;
 }
 
-// Eight neighbours as bfloat16, zeros past the end of the row.
+// Eight neighbours as bfloat16, zeros past the end of the row. Not past the caches: another kernel may have written
+// them a moment ago.
 __device__ __forceinline__ uint4 load8(const bf16* row, int64_t k, int64_t n, bool aligned) {
-  if (aligned && k + 8 <= n) return ptx::load_once_16(row + k);
+  if (aligned && k + 8 <= n) return *reinterpret_cast<const uint4*>(row + k);
   uint32_t words[4];
 #pragma unroll
   for (int i = 0; i < 4; ++i) {

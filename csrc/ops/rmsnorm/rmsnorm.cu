@@ -1,13 +1,13 @@
 #include "ops/rmsnorm/rmsnorm.h"
 
 #include "cuda/launch.h"
-#include "cuda/numeric.cuh"
+#include "ops/rmsnorm/rmsnorm_row.cuh"
 
 namespace mxmoe {
 namespace cuda {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = norm::kParts * kWarp;
 
 struct Rows {
   const void* x;
@@ -28,19 +28,16 @@ __global__ void __launch_bounds__(kThreads) rmsnorm_sm80_kernel(Rows r) {
   const int64_t n = r.hidden_size;
   const bool x_aligned = aligned_to(x, 4 * sizeof(X)), y_aligned = aligned_to(y, 4 * sizeof(Y));
   const bool weight_aligned = aligned_to(weight, 4 * sizeof(W));
+  ptx::release_next_kernel();
   ptx::wait_for_previous_kernel();
 
-  float squares = 0.0f;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  const float part = norm::part_of_squares(x, n, x_aligned, warp);
+  if (threadIdx.x % kWarp == 0) partial[warp] = part;
+  __syncthreads();
+  const float inverse = norm::inverse_of(partial, n, r.eps);
   for (int64_t i = 4 * int64_t{threadIdx.x}; i < n; i += 4 * kThreads) {
-    const float4 v = load4(x, i, n, x_aligned);
-    squares += (v.x * v.x + v.y * v.y) + (v.z * v.z + v.w * v.w);
-  }
-  const float mean = block_sum<kThreads>(squares, partial) / static_cast<float>(n);
-  const float inverse = 1.0f / sqrtf(mean + r.eps);
-  for (int64_t i = 4 * int64_t{threadIdx.x}; i < n; i += 4 * kThreads) {
-    const float4 v = load4(x, i, n, x_aligned), w = load4(weight, i, n, weight_aligned);
-    store4(y, i, n, y_aligned,
-           make_float4(v.x * inverse * w.x, v.y * inverse * w.y, v.z * inverse * w.z, v.w * inverse * w.w));
+    store4(y, i, n, y_aligned, norm::scaled(load4(x, i, n, x_aligned), inverse, load4(weight, i, n, weight_aligned)));
   }
 }
 
@@ -63,7 +60,7 @@ void rmsnorm(Stream& stream, const Tensor& x, const Tensor& weight, float eps, c
   const Kernel kernel =
       x.dtype == DType::f32 ? pick_weight<float>(weight.dtype, y.dtype) : pick_weight<bf16>(weight.dtype, y.dtype);
   record_kernel("rmsnorm", "rmsnorm_sm80_kernel");
-  launch(kernel, grid_size(x.shape[0]), kThreads, kThreads / kWarp * sizeof(float), stream, rows);
+  launch(kernel, grid_size(x.shape[0]), kThreads, norm::kParts * sizeof(float), stream, Order::Dependent, rows);
 }
 
 }  // namespace cuda

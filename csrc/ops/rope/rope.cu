@@ -2,7 +2,7 @@
 
 #include "core/check.h"
 #include "cuda/launch.h"
-#include "cuda/numeric.cuh"
+#include "ops/rope/rope_pair.cuh"
 
 namespace mxmoe {
 namespace cuda {
@@ -18,6 +18,7 @@ __global__ void __launch_bounds__(kThreads)
                      int num_heads, int head_dim) {
   const int head = static_cast<int>(blockIdx.y) * kWarps + static_cast<int>(threadIdx.x) / kWarp;
   const int half = head_dim / 2;
+  ptx::release_next_kernel();
   if (head >= num_heads) return;
   ptx::wait_for_previous_kernel();
   const X* from = x + blockIdx.x * x_stride + int64_t{head} * head_dim;
@@ -25,8 +26,9 @@ __global__ void __launch_bounds__(kThreads)
   for (int i = static_cast<int>(threadIdx.x) % kWarp; i < half; i += kWarp) {
     const float first = widen(from[i]), second = widen(from[i + half]);
     const float c = cos[int64_t{blockIdx.x} * half + i], s = sin[int64_t{blockIdx.x} * half + i];
-    to[i] = narrow<Y>(first * c - second * s);
-    to[i + half] = narrow<Y>(second * c + first * s);
+    const float2 turned = rotate(first, second, c, s);
+    to[i] = narrow<Y>(turned.x);
+    to[i + half] = narrow<Y>(turned.y);
   }
 }
 
@@ -54,6 +56,7 @@ template <typename Q, typename KV>
 __global__ void __launch_bounds__(kThreads) rope_kv_write_sm80_kernel(RopeWrite r, Q* q, KV* k_cache, KV* v_cache) {
   const int head = static_cast<int>(blockIdx.y) * kWarps + static_cast<int>(threadIdx.x) / kWarp;
   const int half = r.head_dim / 2, lane = static_cast<int>(threadIdx.x) % kWarp;
+  ptx::release_next_kernel();
   if (head >= r.num_heads + 2 * r.num_kv_heads) return;
   ptx::wait_for_previous_kernel();
   const int64_t token = blockIdx.x, first = int64_t{head} * r.head_dim;
@@ -68,15 +71,15 @@ __global__ void __launch_bounds__(kThreads) rope_kv_write_sm80_kernel(RopeWrite 
       held ? ((slot / r.block_size * r.num_kv_heads + kv_head) * r.block_size + slot % r.block_size) * r.head_dim : 0;
   for (int i = lane; i < half; i += kWarp) {
     const float a = biased(r, row, first + i), b = biased(r, row, first + i + half);
-    const float c = cos[i], s = sin[i];
+    const float2 turned = rotate(a, b, cos[i], sin[i]);
     if (head < r.num_heads) {
       Q* to = q + token * r.q_stride + first;
-      to[i] = narrow<Q>(known ? a * c - b * s : quiet_nan());
-      to[i + half] = narrow<Q>(known ? b * c + a * s : quiet_nan());
+      to[i] = narrow<Q>(known ? turned.x : quiet_nan());
+      to[i + half] = narrow<Q>(known ? turned.y : quiet_nan());
     } else if (head < r.num_heads + r.num_kv_heads) {
       if (held && known) {
-        k_cache[place + i] = narrow<KV>(a * c - b * s);
-        k_cache[place + i + half] = narrow<KV>(b * c + a * s);
+        k_cache[place + i] = narrow<KV>(turned.x);
+        k_cache[place + i + half] = narrow<KV>(turned.y);
       }
     } else if (held && known) {
       v_cache[place + i] = narrow<KV>(a);
@@ -88,14 +91,14 @@ __global__ void __launch_bounds__(kThreads) rope_kv_write_sm80_kernel(RopeWrite 
 template <typename X, typename Y>
 void launch_rope(Stream& stream, const Tensor& x, const Tensor& cos, const Tensor& sin, const Tensor& y) {
   const dim3 grid(grid_size(x.shape[0]), grid_depth(ceil_div(x.shape[1], kWarps)));
-  launch(rope_sm80_kernel<X, Y>, grid, kThreads, 0, stream, x.as<X>(), x.stride[0], cos.as<float>(), sin.as<float>(),
-         y.as<Y>(), y.stride[0], static_cast<int>(x.shape[1]), static_cast<int>(x.shape[2]));
+  launch(rope_sm80_kernel<X, Y>, grid, kThreads, 0, stream, Order::Dependent, x.as<X>(), x.stride[0], cos.as<float>(),
+         sin.as<float>(), y.as<Y>(), y.stride[0], static_cast<int>(x.shape[1]), static_cast<int>(x.shape[2]));
 }
 
 template <typename Q, typename KV>
 void launch_write(Stream& stream, dim3 grid, const RopeWrite& r, const Tensor& q, const KvCache& cache) {
-  launch(rope_kv_write_sm80_kernel<Q, KV>, grid, kThreads, 0, stream, r, q.as<Q>(), cache.k.as<KV>(),
-         cache.v.as<KV>());
+  launch(rope_kv_write_sm80_kernel<Q, KV>, grid, kThreads, 0, stream, Order::Dependent, r, q.as<Q>(),
+         cache.k.as<KV>(), cache.v.as<KV>());
 }
 
 void check_write(const Tensor& qkv, const Tensor& bias, const RopeTables& tables, const Tensor& slots,

@@ -35,9 +35,9 @@ int64_t max_chunks(const Problem& p) {
 
 template <int kDim, typename Q, typename Y>
 void launch_mma(Stream& stream, Problem p, int64_t num_tokens) {
-  constexpr size_t kShared = attention::Shape<kDim>::kSharedBytes;
+  constexpr size_t kBuffer = attention::Shape<kDim>::kBufferBytes;
   const int64_t tiles = max_tiles(p, num_tokens, kTileRows), chunks = max_chunks(p);
-  const int64_t partial = tiles * p.num_kv_heads * chunks * kTileRows * (2 + kDim);
+  const int64_t partial = tiles * p.num_kv_heads * chunks * kTileRows * (kDim + attention::kPartialTail);
   const unsigned kv_heads = grid_depth(p.num_kv_heads);
   // Enough tiles for every multiprocessor's warps need no splitting; a single chunk cannot be split.
   const int64_t warps = int64_t{device(stream.device()).multiprocessors} * 2 * kMmaWarps;
@@ -45,17 +45,17 @@ void launch_mma(Stream& stream, Problem p, int64_t num_tokens) {
     p.max_chunks = static_cast<int>(chunks);
     p.partial = static_cast<float*>(
         stream.workspace(static_cast<size_t>(partial) * sizeof(float), "sink_attention's partial sums"));
+    p.arrived = stream.counters(static_cast<size_t>(tiles * p.num_kv_heads));
     record_kernel("sink_attention", "sink_attention_bf16_split_sm80_kernel");
-    launch(attention::sink_attention_bf16_split_sm80_kernel<kDim, Q>,
-           dim3(grid_size(tiles), kv_heads, grid_depth(ceil_div(chunks, kMmaWarps))), kMmaThreads, kShared, stream,
-           p);
-    launch(attention::sink_attention_merge_sm80_kernel<kDim, Y>, dim3(grid_size(tiles), kv_heads), kTileRows * kWarp,
-           0, stream, p);
+    launch(attention::sink_attention_bf16_split_sm80_kernel<kDim, Q, Y>,
+           dim3(grid_size(tiles), kv_heads, grid_depth(ceil_div(chunks, kMmaWarps))), kMmaThreads,
+           attention::kSplitBuffers * kBuffer, stream, Order::Dependent, p);
     return;
   }
   record_kernel("sink_attention", "sink_attention_bf16_sm80_kernel");
   launch(attention::sink_attention_bf16_sm80_kernel<kDim, Q, Y>,
-         dim3(grid_size(ceil_div(tiles, kMmaWarps)), kv_heads), kMmaThreads, kShared, stream, p);
+         dim3(grid_size(ceil_div(tiles, kMmaWarps)), kv_heads), kMmaThreads, attention::kBuffers * kBuffer, stream,
+         Order::Dependent, p);
 }
 
 template <typename Q, typename KV, typename Y>
@@ -64,7 +64,7 @@ void launch_simt(Stream& stream, const Problem& p, int64_t num_tokens) {
   record_kernel("sink_attention", "sink_attention_simt_sm80_kernel");
   launch(attention::sink_attention_simt_sm80_kernel<Q, KV, Y>,
          dim3(grid_size(ceil_div(tiles, attention::kSimtWarps)), grid_depth(p.num_kv_heads)), attention::kSimtThreads,
-         attention::kSimtWarps * static_cast<size_t>(p.head_dim) * sizeof(float), stream, p);
+         attention::kSimtWarps * static_cast<size_t>(p.head_dim) * sizeof(float), stream, Order::Dependent, p);
 }
 
 template <typename Q, typename Y>

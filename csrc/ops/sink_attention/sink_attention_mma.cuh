@@ -1,7 +1,7 @@
 // Attention over a bfloat16 cache with tensor cores. A warp works alone: on a tile of 16 rows and one chunk of keys
-// (the sums go to memory and are merged by another kernel), or on a tile and all its chunks one after the other. Keys
-// and values come by cp.async into the warp's own two buffers, in small steps; scores of a step become the weights
-// that multiply the values without leaving registers.
+// (the sums go to memory, and the block that comes last for a tile merges them), or on a tile and all its chunks one
+// after the other. Keys and values come by cp.async into the warp's own buffers, in small steps; scores of a step
+// become the weights that multiply the values without leaving registers.
 #pragma once
 
 #include "ops/sink_attention/sink_attention_rows.cuh"
@@ -12,13 +12,17 @@ namespace attention {
 
 constexpr int kMmaWarps = 4;
 constexpr int kMmaThreads = kMmaWarps * kWarp;
+// Steps that are on their way or at work. A warp that has a chunk to itself wants nearly all of it at once: there is
+// nothing else to hide the memory's latency behind.
+constexpr int kBuffers = 2, kSplitBuffers = 3;
 
 template <int kDim>
 struct Shape {
-  static constexpr int kStep = kDim <= 64 ? 32 : 16;  // keys: two buffers of four warps stay within 64 KiB
-  static constexpr int kPieces = kDim / 8;            // of 16 bytes in a row
-  static constexpr int kSideValues = kStep * kDim;    // keys or values of a step
-  static constexpr size_t kSharedBytes = sizeof(bf16) * kMmaWarps * 2 * 2 * kSideValues;
+  static constexpr int kStep = kDim <= 64 ? 32 : 16;   // keys: two buffers of four warps stay within 64 KiB
+  static constexpr int kPieces = kDim / 8;             // of 16 bytes in a row
+  static constexpr int kSideValues = kStep * kDim;     // keys or values of a step
+  static constexpr int kWarpValues = 2 * kSideValues;  // of a buffer
+  static constexpr size_t kBufferBytes = sizeof(bf16) * kMmaWarps * kWarpValues;
 };
 
 // Pieces of a row are permuted so that eight rows' pieces of one column lie in different banks.
@@ -167,8 +171,8 @@ __device__ __forceinline__ void attend_step(const Problem& p, const Tile& tile, 
   }
 }
 
-// The keys [begin, end) of one chunk, begin a multiple of the chunk.
-template <int kDim>
+// The keys of one chunk that the tile sees.
+template <int kDim, int kDepth>
 __device__ __forceinline__ void attend_chunk(const Problem& p, const Tile& tile, int kv_head,
                                              const uint32_t (&q)[kDim / 16][4], bf16* buffers, int chunk,
                                              Sums<kDim>& s) {
@@ -179,87 +183,132 @@ __device__ __forceinline__ void attend_chunk(const Problem& p, const Tile& tile,
   // Steps that no row of the tile sees would change nothing.
   const int begin = max(tile.low, chunk * kChunk) / S::kStep, last = min(tile.high, (chunk + 1) * kChunk);
   const int end = (last + S::kStep - 1) / S::kStep;
-  if (begin < end) fetch_step<kDim>(p, tile, kv_head, begin * S::kStep, buffers);
-  ptx::cp_async_commit();
+  const auto fetch = [&](int step) {
+    bf16* buffer = buffers + (step - begin) % kDepth * S::kWarpValues;
+    if (step < end) fetch_step<kDim>(p, tile, kv_head, step * S::kStep, buffer);
+    ptx::cp_async_commit();  // also when empty, so that the count of groups stays that of steps
+  };
+#pragma unroll
+  for (int i = 0; i < kDepth - 1; ++i) fetch(begin + i);
   for (int step = begin; step < end; ++step) {
-    bf16* buffer = buffers + (step - begin) % 2 * 2 * S::kSideValues;
-    bf16* other = buffers + (step - begin + 1) % 2 * 2 * S::kSideValues;
-    if (step + 1 < end) fetch_step<kDim>(p, tile, kv_head, (step + 1) * S::kStep, other);
-    ptx::cp_async_commit();
-    ptx::cp_async_wait<1>();
+    fetch(step + kDepth - 1);
+    ptx::cp_async_wait<kDepth - 1>();
     __syncwarp();  // what the other lanes fetched
-    attend_step<kDim>(p, tile, q, buffer, step * S::kStep, positions, s);
+    attend_step<kDim>(p, tile, q, buffers + (step - begin) % kDepth * S::kWarpValues, step * S::kStep, positions, s);
     __syncwarp();  // all have read what is overwritten next
   }
   close(s);
 }
 
-// Where a row's sums of one chunk stand: maximum, denominator, values.
+// Where a row's sums of one chunk stand: values, then maximum and denominator, and nothing to a multiple of 16 bytes.
+constexpr int kPartialTail = 4;
 __device__ __forceinline__ float* partial_row(const Problem& p, int tile, int kv_head, int chunk, int row) {
   const int64_t at = ((int64_t{tile} * p.num_kv_heads + kv_head) * p.max_chunks + chunk) * kTileRows + row;
-  return p.partial + at * (2 + p.head_dim);
+  return p.partial + at * (p.head_dim + kPartialTail);
 }
 
-// grid: (tile, key/value head, group of chunks). A warp a chunk.
-template <int kDim, typename Q>
-__global__ void __launch_bounds__(kMmaThreads) sink_attention_bf16_split_sm80_kernel(Problem p) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
-  bf16* buffers = reinterpret_cast<bf16*>(ptx::dynamic_shared()) + warp * 4 * Shape<kDim>::kSideValues;
-  const int number = static_cast<int>(blockIdx.x), kv_head = static_cast<int>(blockIdx.y);
-  ptx::wait_for_previous_kernel();
-  const Tile tile = find_tile(p, number, kTileRows);
-  const int relative = static_cast<int>(blockIdx.z) * kMmaWarps + warp, chunk = tile.low / kChunk + relative;
-  if (tile.num_rows == 0 || chunk * kChunk >= tile.high) return;
-  uint32_t q[kDim / 16][4];
-  load_queries<kDim, Q>(p, tile, kv_head, q);
-  Sums<kDim> s;
-  attend_chunk<kDim>(p, tile, kv_head, q, buffers, chunk, s);
+template <int kDim>
+__device__ __forceinline__ void store_partial(const Problem& p, const Tile& tile, int number, int kv_head, int chunk,
+                                              const Sums<kDim>& s) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int row = lane / 4 + 8 * r;
     if (row >= tile.num_rows) continue;
-    float* to = partial_row(p, number, kv_head, relative, row);
-    if (lane % 4 == 0) to[0] = s.row[r].maximum, to[1] = s.row[r].sum;
+    float* to = partial_row(p, number, kv_head, chunk, row);
 #pragma unroll
     for (int i = 0; i < kDim / 8; ++i) {
-      to[2 + i * 8 + 2 * (lane % 4)] = s.values[i][2 * r];
-      to[2 + i * 8 + 2 * (lane % 4) + 1] = s.values[i][2 * r + 1];
+      *reinterpret_cast<float2*>(to + i * 8 + 2 * (lane % 4)) =
+          make_float2(s.values[i][2 * r], s.values[i][2 * r + 1]);
     }
+    if (lane % 4 == 0) *reinterpret_cast<float2*>(to + kDim) = make_float2(s.row[r].maximum, s.row[r].sum);
   }
 }
 
-// grid: (tile, key/value head). A warp a row, its lanes the values.
+// A row's chunks in order, the sink last; kDim / 4 lanes a row, four values each. Many chunks are asked for at once,
+// since each waits for the one before only in its arithmetic.
 template <int kDim, typename Y>
-__global__ void __launch_bounds__(kTileRows* kWarp) sink_attention_merge_sm80_kernel(Problem p) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp, row = static_cast<int>(threadIdx.x) / kWarp;
+__device__ __forceinline__ void merge_rows(const Problem& p, const Tile& tile, int number, int kv_head) {
+  constexpr int kLanes = kDim / 4, kRows = kMmaThreads / kLanes, kAhead = 8;
+  const int lane = static_cast<int>(threadIdx.x) % kLanes;
+  const int chunks = max(0, (tile.high + kChunk - 1) / kChunk - tile.low / kChunk);
+  for (int row = static_cast<int>(threadIdx.x) / kLanes; row < tile.num_rows; row += kRows) {
+    Running total{minus_infinity(), 0.0f};
+    float4 values = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
+    for (int first = 0; first < chunks; first += kAhead) {
+      float4 v[kAhead];
+      float2 of_row[kAhead];
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        const float* from = partial_row(p, number, kv_head, min(first + i, chunks - 1), row);
+        v[i] = __ldcg(reinterpret_cast<const float4*>(from) + lane);
+        of_row[i] = __ldcg(reinterpret_cast<const float2*>(from + kDim));
+      }
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        if (first + i >= chunks) continue;
+        const Factors f = merge(total, {of_row[i].x, of_row[i].y});
+        values = make_float4(merged(values.x, v[i].x, f), merged(values.y, v[i].y, f), merged(values.z, v[i].z, f),
+                             merged(values.w, v[i].w, f));
+      }
+    }
+    const int of_sequence = tile.first_row + row, head = kv_head * p.group + of_sequence % p.group;
+    const int64_t token = int64_t{tile.first_token} + of_sequence / p.group;
+    const Final final = add_sink(total, sink_of(p, head));
+    Y* y = static_cast<Y*>(p.y) + token * p.y_stride + head * kDim + 4 * lane;
+    const float scaled[4] = {values.x, values.y, values.z, values.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) y[i] = narrow<Y>(__fmul_rn(scaled[i], final.scale));
+    if (lane == 0 && p.sink_share != nullptr) p.sink_share[token * p.num_heads + head] = final.sink_share;
+  }
+}
+
+// grid: (tile, key/value head, group of chunks). A warp a chunk; the block that is done last for its tile and head
+// merges what all have left.
+template <int kDim, typename Q, typename Y>
+__global__ void __launch_bounds__(kMmaThreads) sink_attention_bf16_split_sm80_kernel(Problem p) {
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
+  bf16* buffers = reinterpret_cast<bf16*>(ptx::dynamic_shared()) + warp * kSplitBuffers * Shape<kDim>::kWarpValues;
   const int number = static_cast<int>(blockIdx.x), kv_head = static_cast<int>(blockIdx.y);
+  ptx::release_next_kernel();
   ptx::wait_for_previous_kernel();
   const Tile tile = find_tile(p, number, kTileRows);
-  if (row >= tile.num_rows) return;
-  const int first = tile.low / kChunk, end = (tile.high + kChunk - 1) / kChunk;
-  Running total{minus_infinity(), 0.0f};
-  float values[kDim / kWarp] = {};
-  for (int chunk = first; chunk < end; ++chunk) {
-    const float* from = partial_row(p, number, kv_head, chunk - first, row);
-    const Factors f = merge(total, {from[0], from[1]});
-#pragma unroll
-    for (int i = 0; i < kDim / kWarp; ++i) values[i] = merged(values[i], from[2 + i * kWarp + lane], f);
+  const int first = tile.low / kChunk, chunks = (tile.high + kChunk - 1) / kChunk - first;
+  const int blocks = max(1, (chunks + kMmaWarps - 1) / kMmaWarps);  // that have work here: one also without any key
+  if (tile.num_rows == 0 || static_cast<int>(blockIdx.z) >= blocks) return;
+  const int relative = static_cast<int>(blockIdx.z) * kMmaWarps + warp;
+  if (relative < chunks) {
+    uint32_t q[kDim / 16][4];
+    load_queries<kDim, Q>(p, tile, kv_head, q);
+    Sums<kDim> s;
+    attend_chunk<kDim, kSplitBuffers>(p, tile, kv_head, q, buffers, first + relative, s);
+    store_partial<kDim>(p, tile, number, kv_head, relative, s);
   }
-  const int of_sequence = tile.first_row + row, head = kv_head * p.group + of_sequence % p.group;
-  const int64_t token = int64_t{tile.first_token} + of_sequence / p.group;
-  const Final final = add_sink(total, sink_of(p, head));
-  Y* y = static_cast<Y*>(p.y) + token * p.y_stride + head * kDim;
-#pragma unroll
-  for (int i = 0; i < kDim / kWarp; ++i) y[i * kWarp + lane] = narrow<Y>(__fmul_rn(values[i], final.scale));
-  if (lane == 0 && p.sink_share != nullptr) p.sink_share[token * p.num_heads + head] = final.sink_share;
+  if (blocks > 1) {
+    int* last = reinterpret_cast<int*>(ptx::dynamic_shared());
+    __threadfence();
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      unsigned* arrived = p.arrived + number * p.num_kv_heads + kv_head;
+      *last = atomicAdd(arrived, 1u) == static_cast<unsigned>(blocks) - 1u;
+      if (*last) *arrived = 0;  // as the next launch wants it
+    }
+    __syncthreads();
+    if (!*last) return;
+    __threadfence();
+  } else {
+    __syncthreads();
+  }
+  merge_rows<kDim, Y>(p, tile, number, kv_head);
 }
 
 // grid: (group of tiles, key/value head). A warp a tile with all its chunks.
 template <int kDim, typename Q, typename Y>
 __global__ void __launch_bounds__(kMmaThreads) sink_attention_bf16_sm80_kernel(Problem p) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
-  bf16* buffers = reinterpret_cast<bf16*>(ptx::dynamic_shared()) + warp * 4 * Shape<kDim>::kSideValues;
+  bf16* buffers = reinterpret_cast<bf16*>(ptx::dynamic_shared()) + warp * kBuffers * Shape<kDim>::kWarpValues;
   const int kv_head = static_cast<int>(blockIdx.y);
+  ptx::release_next_kernel();
   ptx::wait_for_previous_kernel();
   const Tile tile = find_tile(p, static_cast<int>(blockIdx.x) * kMmaWarps + warp, kTileRows);
   if (tile.num_rows == 0) return;
@@ -268,7 +317,7 @@ __global__ void __launch_bounds__(kMmaThreads) sink_attention_bf16_sm80_kernel(P
   Sums<kDim> total, s;
   clear(total);
   for (int chunk = tile.low / kChunk; chunk * kChunk < tile.high; ++chunk) {
-    attend_chunk<kDim>(p, tile, kv_head, q, buffers, chunk, s);
+    attend_chunk<kDim, kBuffers>(p, tile, kv_head, q, buffers, chunk, s);
 #pragma unroll
     for (int r = 0; r < 2; ++r) {
       const Factors f = merge(total.row[r], s.row[r]);

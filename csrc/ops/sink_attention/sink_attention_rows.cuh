@@ -32,9 +32,10 @@ struct Problem {
   int sliding_window;  // 0: full
   int max_seq_len;
   float sm_scale;
-  bool round_rows;  // queries and weights to bfloat16
-  float* partial;   // [tile][key/value head][chunk][row][2 + head_dim], or null
-  int max_chunks;   // of a tile
+  bool round_rows;    // queries and weights to bfloat16
+  float* partial;     // [tile][key/value head][chunk][row][head_dim + 4], or null
+  int max_chunks;     // of a tile
+  unsigned* arrived;  // [tile][key/value head]: blocks that have left their sums
 };
 
 struct Tile {

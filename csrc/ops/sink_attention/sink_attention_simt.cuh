@@ -35,6 +35,7 @@ __global__ void __launch_bounds__(kSimtThreads) sink_attention_simt_sm80_kernel(
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
   float* query = reinterpret_cast<float*>(ptx::dynamic_shared()) + warp * p.head_dim;
   const int kv_head = static_cast<int>(blockIdx.y);
+  ptx::release_next_kernel();
   ptx::wait_for_previous_kernel();
   const Tile tile = find_tile(p, static_cast<int>(blockIdx.x) * kSimtWarps + warp, 1);
   if (tile.num_rows == 0) return;

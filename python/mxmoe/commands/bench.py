@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import statistics
 import sys
 import time
@@ -165,12 +164,16 @@ class Runs:
         """Time all decoding steps."""
         self._restart(list(range(self.plan.batch)))
         bounds = list(range(self.plan.batch + 1))
-        # Where a device can choose, as greedy generation lets it, logits do not come to the host.
-        last = functools.partial(self.model.forward, logits="last")
-        step = self.model.likeliest if self.model.chooses_on_device else last
         begin = time.perf_counter()
-        for token_ids in self._steps:
-            step(token_ids, cache=self._cache, cu_seqlens=bounds)
+        if self.model.chooses_on_device:
+            # As greedy generation does it: logits do not come to the host, and a step is on its way while the tokens
+            # of the one before are read.
+            token_ids, last = self._steps[0], len(self._steps) - 1
+            for i in range(len(self._steps)):
+                token_ids, _ = self.model.likeliest(token_ids, cache=self._cache, cu_seqlens=bounds, ahead=i < last)
+        else:
+            for token_ids in self._steps:
+                self.model.forward(token_ids, cache=self._cache, cu_seqlens=bounds, logits="last")
         self.decode_seconds.append(time.perf_counter() - begin)
 
 
