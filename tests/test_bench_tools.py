@@ -101,8 +101,8 @@ def test_the_rounded_twin_differs_in_one_word(tmp_path: Path) -> None:
     assert not twin.exists() and (folder / "model.safetensors").is_file()
 
 
-def test_two_layers_stand_for_all(tmp_path: Path) -> None:
-    model = gpu_models.random_model(SIZES["tiny"], tmp_path / "x", "cpu")
+def test_two_layers_stand_for_all() -> None:
+    model = gpu_models.random_model(SIZES["tiny"], "cpu")
     assert len(model.layers) == SIZES["tiny"].num_hidden_layers == 4
     queries = [layer.self_attn.q_proj.weight for layer in model.layers]
     assert_exact(queries[2], queries[0])

@@ -367,9 +367,19 @@ void bind_array(py::module_& m) {
       .def(
           "set",
           [](const DeviceArray& a, const py::object& array) {
+            const auto stream = Stream::current();
+            if (py::isinstance<DeviceArray>(array)) {
+              const DeviceArg from = device_arg(*stream, array, "array");
+              check_same(from, a.tensor);
+              check_value(!a.read_only, "the array is read-only; wanted a writable one");
+              check_contiguous("what is set", a.tensor);
+              check_no_overlap("what is set", a.tensor, "array", from);
+              const OpScope scope(*stream);
+              ++host_writes;
+              return copy_on_device(*stream, from.array(), a);
+            }
             const TensorArg host = host_arg(array, "array");
             check_same(host, a.tensor);
-            const auto stream = Stream::current();
             const OpScope scope(*stream);
             ++host_writes;
             from_host(*stream, a, (*host).data);

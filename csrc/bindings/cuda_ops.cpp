@@ -242,14 +242,17 @@ void bind_attention(py::module_& m) {
   m.def(
       "kv_cache_write",
       [](const py::object& k, const py::object& v, const py::object& k_cache, const py::object& v_cache,
-         const py::object& slots) {
+         const py::object& slots, const py::object& k_scales, const py::object& v_scales) {
         Arguments args;
         const DeviceArg a = args.in(k, "k"), b = args.in(v, "v"), at = args.in(slots, "slots");
         const DeviceArg kc = args.out(k_cache, "k_cache"), vc = args.out(v_cache, "v_cache");
+        const DeviceArg ks = args.optional(k_scales, "k_scales", true),
+                        vs = args.optional(v_scales, "v_scales", true);
         const OpScope scope(args.stream());
-        kv_cache_write(args.stream(), a, b, at, {kc, vc, Tensor(), Tensor()});
+        kv_cache_write(args.stream(), a, b, at, {kc, vc, ks, vs});
       },
-      py::arg("k"), py::arg("v"), py::arg("k_cache"), py::arg("v_cache"), py::arg("slots"));
+      py::arg("k"), py::arg("v"), py::arg("k_cache"), py::arg("v_cache"), py::arg("slots"), py::arg("k_scales"),
+      py::arg("v_scales"));
   m.def(
       "kv_cache_advance",
       [](const py::object& seq_lens, const py::object& positions,
@@ -272,8 +275,10 @@ void bind_attention(py::module_& m) {
       [](const py::object& q, const py::object& k_cache, const py::object& v_cache, const py::object& sinks,
          const py::object& block_table, const py::object& cu_seqlens, const py::object& seq_lens,
          const py::object& key_starts, int64_t max_seq_len, float sm_scale, int64_t sliding_window,
-         const std::string& activations, const py::object& sink_share, const py::object& out) {
+         const std::string& activations, const py::object& k_scales, const py::object& v_scales,
+         const py::object& sink_share, const py::object& out) {
         Arguments args;
+        const DeviceArg ks = args.optional(k_scales, "k_scales"), vs = args.optional(v_scales, "v_scales");
         const DeviceArg a = args.in(q, "q"), kc = args.in(k_cache, "k_cache"), vc = args.in(v_cache, "v_cache");
         const DeviceArg s = args.in(sinks, "sinks"), table = args.in(block_table, "block_table");
         const DeviceArg cu = args.in(cu_seqlens, "cu_seqlens"), lens = args.in(seq_lens, "seq_lens");
@@ -281,12 +286,13 @@ void bind_attention(py::module_& m) {
         const DeviceArg share = args.optional(sink_share, "sink_share", true), y = args.out(out, "out");
         const Activations rounding = parse_activations(activations);
         const OpScope scope(args.stream());
-        sink_attention(args.stream(), a, {kc, vc, Tensor(), Tensor()}, s, {cu, lens, table, starts}, max_seq_len,
-                       sm_scale, sliding_window, rounding, share, y);
+        sink_attention(args.stream(), a, {kc, vc, ks, vs}, s, {cu, lens, table, starts}, max_seq_len, sm_scale,
+                       sliding_window, rounding, share, y);
       },
       py::arg("q"), py::arg("k_cache"), py::arg("v_cache"), py::arg("sinks"), py::arg("block_table"),
       py::arg("cu_seqlens"), py::arg("seq_lens"), py::arg("key_starts"), py::arg("max_seq_len"), py::arg("sm_scale"),
-      py::arg("sliding_window"), py::arg("activations"), py::arg("sink_share"), py::arg("out"));
+      py::arg("sliding_window"), py::arg("activations"), py::arg("k_scales"), py::arg("v_scales"),
+      py::arg("sink_share"), py::arg("out"));
 }
 
 }  // namespace

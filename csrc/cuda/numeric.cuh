@@ -16,6 +16,7 @@ constexpr unsigned kAllLanes = 0xffffffffu;
 
 __device__ __forceinline__ float widen(float x) { return x; }
 __device__ __forceinline__ float widen(bf16 x) { return __uint_as_float(static_cast<uint32_t>(x.bits) << 16); }
+__device__ __forceinline__ float widen(int8_t x) { return static_cast<float>(x); }
 __device__ __forceinline__ float widen_low(uint32_t pair) { return __uint_as_float(pair << 16); }
 __device__ __forceinline__ float widen_high(uint32_t pair) { return __uint_as_float(pair & 0xffff0000u); }
 

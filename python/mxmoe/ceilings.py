@@ -6,14 +6,17 @@ minutes. A ceiling therefore counts only for what was timed around it: sample be
 
 from __future__ import annotations
 
+import importlib.util
 import statistics
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from mxmoe import _core, cuda, ops
 
-__all__ = ["CeilingMeter", "Ceilings", "GpuCeilings", "GpuMeter", "measure"]
+__all__ = ["CeilingMeter", "Ceilings", "GpuCeilings", "GpuMeter", "TorchProducts", "measure"]
 
 Activations = Literal["float32", "bf16", "int8"]
 
@@ -24,6 +27,7 @@ _SHARE_OF_AVAILABLE = 4
 _READ_PASSES = 5
 _PEAK_RUNS = 3
 _PEAK_SECONDS = 0.01
+_PRODUCTS = {"bfloat16": 8192, "float32": 4096}
 
 
 @dataclass(frozen=True)
@@ -132,20 +136,95 @@ class GpuCeilings:
     ----------
     read_gb_s : float
         Bytes read and written by a copy from its memory to its memory, in 1e9 a second.
-    bf16_gflop_s, float32_gflop_s : None
-        Not measured: no matrix product that is not mxmoe's own is at hand.
+    bf16_gflop_s, float32_gflop_s : float or None
+        Products of large matrices of random numbers by torch, in 1e9 operations a second; float32 without tf32. None
+        where there is no torch that sees the GPU: mxmoe's own products are no measure of themselves.
     """
 
     read_gb_s: float
-    bf16_gflop_s: None = None
-    float32_gflop_s: None = None
+    bf16_gflop_s: float | None = None
+    float32_gflop_s: float | None = None
 
-    def peak(self, activations: Activations) -> None:
-        """Return None: not measured."""
+    def peak(self, activations: Activations) -> float | None:
+        """Return the rate, in 1e9 operations a second, of products with activations of this kind."""
+        return {"bf16": self.bf16_gflop_s, "float32": self.float32_gflop_s}.get(activations)
+
+    def seconds(self, nbytes: float, operations: float, activations: Activations) -> float:
+        """Return the floor of what moves so many bytes and does so many operations: the longer of the two.
+
+        Where the rate of operations was not measured, that of the bytes.
+        """
+        peak = self.peak(activations)
+        return max(nbytes / (self.read_gb_s * 1e9), operations / (peak * 1e9) if peak else 0.0)
+
+
+class TorchProducts:
+    """Times products of square matrices by torch, which on a GPU are cuBLAS's.
+
+    Parameters
+    ----------
+    device : str
+        torch's name of it.
+    sizes : dict, optional
+        Rows by dtype: large enough that launching does not count.
+    """
+
+    def __init__(self, device: str, sizes: dict[str, int] | None = None) -> None:
+        import torch
+
+        self._torch, self._device = torch, torch.device(device)
+        self._pairs = {
+            dtype: [torch.randn(size, size, device=device).to(getattr(torch, dtype)) for _ in range(2)]
+            for dtype, size in (sizes or _PRODUCTS).items()
+        }
+
+    @classmethod
+    def find(cls) -> TorchProducts | None:
+        """Make one where torch is installed and sees the GPU; None elsewhere, and where there is no room."""
+        if importlib.util.find_spec("torch") is None:
+            return None
+        import torch
+
+        if not torch.cuda.is_available():
+            return None
+        try:
+            return cls(f"cuda:{cuda.extension().current_stream().device}")
+        except torch.OutOfMemoryError:
+            return None
+
+    def _seconds(self, call: Callable[[], object]) -> float:
+        if self._device.type != "cuda":
+            start = time.perf_counter()
+            call()
+            return time.perf_counter() - start
+        event: Callable[..., Any] = self._torch.cuda.Event
+        begin, end = (event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        milliseconds: float = begin.elapsed_time(end)
+        return milliseconds / 1e3
+
+    def gflop_s(self, dtype: str) -> float:
+        """Return the best of a few products, as the others were disturbed, in 1e9 operations a second."""
+        a, b = self._pairs[dtype]
+        allowed = self._torch.backends.cuda.matmul.allow_tf32
+        self._torch.backends.cuda.matmul.allow_tf32 = False
+        try:
+            seconds = [self._seconds(lambda: a @ b) for _ in range(_READ_PASSES)]
+        finally:
+            self._torch.backends.cuda.matmul.allow_tf32 = allowed
+        return float(2.0 * len(a) ** 3 / max(min(seconds), 1e-9) / 1e9)
 
 
 class GpuMeter:
     """Measures a GPU's ceilings again and again, as `CeilingMeter` does the CPU's.
+
+    Parameters
+    ----------
+    products : TorchProducts or None, optional
+        What measures products; looked for by default.
 
     Attributes
     ----------
@@ -155,10 +234,11 @@ class GpuMeter:
     num_threads = 0
     buffer_bytes = 0  # of the host
 
-    def __init__(self) -> None:
+    def __init__(self, products: TorchProducts | Literal["find"] | None = "find") -> None:
         free, _ = cuda.extension().memory_info()
         # Many times the second-level cache; twice this much is held while it is copied.
         self._buffer = cuda.empty((min(_BUFFER_BYTES, free // 4),), "uint8", "the meter of bandwidth")
+        self._products = TorchProducts.find() if products == "find" else products
         self.samples: list[GpuCeilings] = []
 
     def sample(self) -> GpuCeilings:
@@ -172,14 +252,22 @@ class GpuMeter:
             end.record()
             end.synchronize()
             seconds.append(max(end.milliseconds_since(begin), 1e-3) / 1e3)
-        self.samples.append(GpuCeilings(2 * self._buffer.nbytes / min(seconds) / 1e9))
+        peaks = [] if self._products is None else [self._products.gflop_s(d) for d in ("bfloat16", "float32")]
+        self.samples.append(GpuCeilings(2 * self._buffer.nbytes / min(seconds) / 1e9, *peaks))
         return self.samples[-1]
 
     def median(self) -> GpuCeilings:
-        """Return the median of all samples."""
+        """Return the median of all samples, each rate on its own."""
         if not self.samples:
             raise ValueError("the meter holds no samples; wanted at least one call of sample()")
-        return GpuCeilings(statistics.median(sample.read_gb_s for sample in self.samples))
+
+        def middle(rates: Iterable[float | None]) -> float | None:
+            known = [rate for rate in rates if rate is not None]
+            return statistics.median(known) if known else None
+
+        reads = statistics.median(sample.read_gb_s for sample in self.samples)
+        peaks = zip(*((sample.bf16_gflop_s, sample.float32_gflop_s) for sample in self.samples), strict=True)
+        return GpuCeilings(reads, *map(middle, peaks))
 
 
 def _default_bytes() -> int:

@@ -16,6 +16,8 @@ __all__ = ["Costs", "distinct_experts"]
 
 _BF16, _FLOAT32 = 2, 4
 _BLOCK = 32  # values that share a scale, in MXFP4 and in int8 weights
+_MOST_SUMS = 64 << 20  # past which attention on a GPU splits no sequence
+_SMALL_THINGS = 16 << 20  # of a GPU's memory: what is taken in pieces of a MiB, and tables
 _KV_BYTES = {"float32": 4, "bf16": 2, "int8": 1}
 
 
@@ -83,6 +85,45 @@ class Costs:
     def lm_head_bytes(self) -> int:
         """Bytes of the output head."""
         return self.dense_bytes(self.config.vocab_size, self.config.hidden_size, bias=False)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights, the embedding's included."""
+        c = self.config
+        layer = self.attention_bytes + self.router_bytes + c.num_experts * self.expert_bytes
+        norms = (2 * c.num_hidden_layers + 1) * c.hidden_size * _BF16
+        return c.num_hidden_layers * layer + norms + self.lm_head_bytes + c.vocab_size * c.hidden_size * _BF16
+
+    def gpu_scratch_bytes(self, step_tokens: int, positions: int, logits_rows: int = 1) -> int:
+        """Bytes that a GPU needs beside weights and KV cache, at most.
+
+        Parameters
+        ----------
+        step_tokens : int
+            New tokens that pass through the layers at a time: no more than `mxmoe.devices.Gpu.step_tokens`.
+        positions : int
+            Of the cache, all sequences together.
+        logits_rows : int
+            Tokens of a step whose logits are wanted: all, with ``forward(..., logits="all")``.
+
+        Notes
+        -----
+        What lives at once between two ops of a layer, in float32, and again for recorded decoding steps; the rotary
+        table; logits; and for each of two streams an op's working memory, which doubles as it grows and keeps what it
+        grew out of. That is the largest of the experts' intermediate rows, inputs rounded to bfloat16, and sums of
+        attention's chunks of 128 keys for tiles of 16 rows.
+        """
+        c = self.config
+        queries = c.num_attention_heads * c.head_dim
+        wide = 4 * c.hidden_size + 2 * queries + 2 * c.num_key_value_heads * c.head_dim
+        between = step_tokens * _FLOAT32 * (wide + c.num_experts + 4 * c.experts_per_token)
+        experts = step_tokens * c.experts_per_token * (c.intermediate_size + c.hidden_size + 4) * _FLOAT32
+        rounded = step_tokens * max(queries, c.hidden_size) * _BF16
+        tiles = step_tokens * c.num_attention_heads // (16 * c.num_key_value_heads) + 1
+        chunk = 16 * (c.head_dim + 4) * _FLOAT32
+        sums = min(_MOST_SUMS, tiles * c.num_key_value_heads * (positions // 128 + 1) * chunk)
+        table, logits = positions * c.head_dim * _FLOAT32, logits_rows * c.vocab_size * _FLOAT32
+        return 2 * (between + logits) + table + 8 * max(experts, rounded, sums) + _SMALL_THINGS
 
     def kv_bytes(self, depth: int) -> int:
         """Bytes of keys and values, over all layers, that a token reads with `depth` tokens before it."""

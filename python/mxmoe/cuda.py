@@ -509,15 +509,14 @@ def kv_cache_write(
     k_scales: Array | None = None,
     v_scales: Array | None = None,
 ) -> None:
-    """Write keys and values into a paged cache, as `mxmoe.ops.kv_cache_write`; float32 and bfloat16 caches.
+    """Write keys and values into a paged cache, as `mxmoe.ops.kv_cache_write`.
 
     Parameters
     ----------
     slots : array_like of int, shape (num_tokens,)
         int64 when on the GPU. A slot out of range writes nothing, and none must be named twice.
     """
-    _no_scales(k_scales, v_scales)
-    extension().kv_cache_write(k, v, k_cache, v_cache, _integers("slots", slots, np.int64))
+    extension().kv_cache_write(k, v, k_cache, v_cache, _integers("slots", slots, np.int64), k_scales, v_scales)
 
 
 @_handing_back
@@ -538,12 +537,6 @@ def kv_cache_advance(
     block_size : int
     """
     extension().kv_cache_advance(seq_lens, positions, list(tables), block_size)
-
-
-def _no_scales(k_scales: Array | None, v_scales: Array | None) -> None:
-    for name, scales in (("k_scales", k_scales), ("v_scales", v_scales)):
-        if scales is not None:
-            raise ValueError(f"{name} came for a cache on the GPU; wanted None: int8 caches are for the CPU")
 
 
 @_handing_back
@@ -658,7 +651,7 @@ def sink_attention(
     out: Array | None = None,
     max_seq_len: int | None = None,
 ) -> Array:
-    """Causal grouped-query attention with sinks, as `mxmoe.ops.sink_attention`; float32 and bfloat16 caches.
+    """Causal grouped-query attention with sinks, as `mxmoe.ops.sink_attention`.
 
     Parameters
     ----------
@@ -668,7 +661,6 @@ def sink_attention(
     max_seq_len : int, optional
         The largest of `seq_lens`, or more: sizes the launch. What `block_table` has room for by default.
     """
-    _no_scales(k_scales, v_scales)
     if out is None:
         out = _empty(q, _shape("q", q, 3), _float_dtype("q", q))
     table = _integers("block_table", block_table, np.int32)
@@ -687,6 +679,8 @@ def sink_attention(
         sm_scale,
         sliding_window or 0,
         activations,
+        k_scales,
+        v_scales,
         sink_share,
         out,
     )

@@ -127,6 +127,10 @@ class Gpu(Device):
 
     def put_weight(self, array: HostArray, what: str) -> Array:
         """Copy a weight to where the model's are, from the mapped file by way of two small buffers."""
+        if cuda.is_on_gpu(array):
+            weight = self._arena.empty(array.shape, str(array.dtype), what)
+            weight.set(array)
+            return weight
         if self._uploader is None:
             self._uploader = cuda.extension().Uploader()
         array = np.ascontiguousarray(array)

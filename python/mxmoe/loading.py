@@ -36,7 +36,7 @@ _CHOICES = {
     "backend": ("kernels", "reference"),
 }
 # What the kernels of a GPU do not do.
-_CPU_ONLY = (("dense", "int8"), ("kv", "int8"), ("activations", "int8"), ("backend", "reference"))
+_CPU_ONLY = (("dense", "int8"), ("activations", "int8"), ("backend", "reference"))
 
 
 def _resolve_options(
@@ -204,7 +204,7 @@ def load(
         ``"openai/gpt-oss-20b"``), fetched into its usual cache.
     device : {"cpu", "cuda"}
         "cuda" holds weights and KV cache in an NVIDIA GPU's memory and runs there: dense "bf16", kv "bf16" (its
-        default) or "float32", activations "bf16" or "float32". Arrays of its layers are then `mxmoe.cuda`'s.
+        default), "float32" or "int8", activations "bf16" or "float32". Arrays of its layers are then `mxmoe.cuda`'s.
     dense : {"bf16", "int8"}
         Attention projections and lm_head as stored, or rounded to int8 with a scale per block of 32 while loading.
         A projection whose input is no multiple of 32 stays bf16; `Model.components` and ``mxmoe info`` tell.

@@ -36,6 +36,54 @@ void launch_write(Stream& stream, const Tensor& k, const Tensor& v, const Tensor
          static_cast<int>(cache.k.shape[3]));
 }
 
+// A warp a token, head and side: a head's codes and their scale, with the CPU's bits. A NaN or an infinity makes the
+// scale NaN, a row too small to have a reciprocal becomes zeros.
+template <typename X>
+__device__ __forceinline__ void write_int8_row(const X* from, int8_t* to, float* scale, int head_dim) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  float largest = 0.0f, not_finite = 0.0f;
+  for (int d = lane; d < head_dim; d += kWarp) {
+    const float x = widen(from[d]);
+    largest = fmaxf(largest, fabsf(x)), not_finite = __fadd_rn(not_finite, __fmul_rn(x, 0.0f));
+  }
+  const float amax = warp_max(largest);
+  not_finite = warp_sum(not_finite);
+  const bool usable = amax > 1e-36f && not_finite == 0.0f;
+  const float inverse = usable ? 127.0f / amax : 0.0f;
+  for (int d = lane; d < head_dim; d += kWarp) {
+    to[d] = static_cast<int8_t>(usable ? __float2int_rn(__fmul_rn(widen(from[d]), inverse)) : 0);
+  }
+  if (lane == 0) *scale = __fadd_rn(amax / 127.0f, not_finite);
+}
+
+template <typename X>
+__global__ void __launch_bounds__(kThreads)
+    kv_cache_write_int8_sm80_kernel(const X* k, int64_t k_stride, const X* v, int64_t v_stride, int8_t* k_cache,
+                                    int8_t* v_cache, float* k_scales, float* v_scales, const int64_t* slots,
+                                    int64_t num_slots, int num_heads, int block_size, int head_dim) {
+  ptx::release_next_kernel();
+  ptx::wait_for_previous_kernel();
+  const int64_t slot = slots[blockIdx.x];
+  if (slot < 0 || slot >= num_slots) return;
+  const bool keys = blockIdx.y == 0;
+  const X* from = keys ? k + blockIdx.x * k_stride : v + blockIdx.x * v_stride;
+  for (int head = static_cast<int>(threadIdx.x) / kWarp; head < num_heads; head += kThreads / kWarp) {
+    const int64_t row = (slot / block_size * num_heads + head) * block_size + slot % block_size;
+    write_int8_row(from + int64_t{head} * head_dim, (keys ? k_cache : v_cache) + row * head_dim,
+                   (keys ? k_scales : v_scales) + row, head_dim);
+  }
+}
+
+template <typename X>
+void launch_int8_write(Stream& stream, const Tensor& k, const Tensor& v, const Tensor& slots, const KvCache& cache) {
+  record_kernel("kv_cache_write", "kv_cache_write_int8_sm80_kernel");
+  launch(kv_cache_write_int8_sm80_kernel<X>, dim3(grid_size(k.shape[0]), 2), kThreads, 0, stream, Order::Dependent,
+         k.as<X>(), k.stride[0], v.as<X>(), v.stride[0], cache.k.as<int8_t>(), cache.v.as<int8_t>(),
+         cache.k_scales.as<float>(), cache.v_scales.as<float>(), slots.as<int64_t>(),
+         cache.k.shape[0] * cache.k.shape[2], static_cast<int>(cache.k.shape[1]), static_cast<int>(cache.k.shape[2]),
+         static_cast<int>(cache.k.shape[3]));
+}
+
 struct AdvanceTable {
   const int32_t* blocks;
   int64_t* slots;
@@ -98,8 +146,11 @@ void kv_cache_advance(Stream& stream, const Tensor& seq_lens, const Tensor& posi
 
 void kv_cache_write(Stream& stream, const Tensor& k, const Tensor& v, const Tensor& slots, const KvCache& cache) {
   check_kv_cache_write(k, v, slots, cache);
-  check_dtype("k_cache", cache.k, {DType::f32, DType::bf16});
   check_dtype("v", v, {k.dtype});
+  if (cache.k.dtype == DType::i8) {
+    return k.dtype == DType::f32 ? launch_int8_write<float>(stream, k, v, slots, cache)
+                                 : launch_int8_write<bf16>(stream, k, v, slots, cache);
+  }
   record_kernel("kv_cache_write", "kv_cache_write_sm80_kernel");
   const bool x_f32 = k.dtype == DType::f32;
   if (cache.k.dtype == DType::f32) {

@@ -10,7 +10,7 @@
 // Requires: 0 <= slots < num_blocks * block_size; k and v finite when the cache is int8 (else the scale is NaN).
 // Calls:    in place on the caches; no overlap; a slot named twice keeps the later token; heads of many tokens are
 //           spread over threads; no scratch; the bits are those of every instruction set and number of threads.
-// CUDA:     float32 and bfloat16 caches; slots lie on the device: one out of range writes nothing, and where two
+// CUDA:     the same bits; slots lie on the device: one out of range writes nothing, and where two
 //           tokens have one slot either may stay. kv_cache_advance: what the host does between decoding steps, in one
 //           launch: every sequence gets one token more. seq_lens (num_sequences) int32 goes up by one in place,
 //           positions (num_sequences) int64 is the new token's, and for each of up to 4 block tables

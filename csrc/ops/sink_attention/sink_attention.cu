@@ -1,6 +1,7 @@
 #include "ops/sink_attention/sink_attention.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #include "core/check.h"
 #include "cuda/launch.h"
@@ -33,7 +34,7 @@ int64_t max_chunks(const Problem& p) {
   return std::min(all, ceil_div(p.sliding_window + tokens, kChunk) + 1);
 }
 
-template <int kDim, typename Q, typename Y>
+template <int kDim, typename Q, typename KV, typename Y>
 void launch_mma(Stream& stream, Problem p, int64_t num_tokens) {
   constexpr size_t kBuffer = attention::Shape<kDim>::kBufferBytes;
   const int64_t tiles = max_tiles(p, num_tokens, kTileRows), chunks = max_chunks(p);
@@ -47,13 +48,13 @@ void launch_mma(Stream& stream, Problem p, int64_t num_tokens) {
         stream.workspace(static_cast<size_t>(partial) * sizeof(float), "sink_attention's partial sums"));
     p.arrived = stream.counters(static_cast<size_t>(tiles * p.num_kv_heads));
     record_kernel("sink_attention", "sink_attention_bf16_split_sm80_kernel");
-    launch(attention::sink_attention_bf16_split_sm80_kernel<kDim, Q, Y>,
+    launch(attention::sink_attention_bf16_split_sm80_kernel<kDim, Q, KV, Y>,
            dim3(grid_size(tiles), kv_heads, grid_depth(ceil_div(chunks, kMmaWarps))), kMmaThreads,
            attention::kSplitBuffers * kBuffer, stream, Order::Dependent, p);
     return;
   }
   record_kernel("sink_attention", "sink_attention_bf16_sm80_kernel");
-  launch(attention::sink_attention_bf16_sm80_kernel<kDim, Q, Y>,
+  launch(attention::sink_attention_bf16_sm80_kernel<kDim, Q, KV, Y>,
          dim3(grid_size(ceil_div(tiles, kMmaWarps)), kv_heads), kMmaThreads, attention::kBuffers * kBuffer, stream,
          Order::Dependent, p);
 }
@@ -67,12 +68,21 @@ void launch_simt(Stream& stream, const Problem& p, int64_t num_tokens) {
          attention::kSimtWarps * static_cast<size_t>(p.head_dim) * sizeof(float), stream, Order::Dependent, p);
 }
 
+template <typename Q, typename KV, typename Y>
+void dispatch_width(Stream& stream, const Problem& p, int64_t num_tokens, bool tensor_cores) {
+  if constexpr (!std::is_same<KV, float>::value) {
+    if (tensor_cores && p.head_dim == 64) return launch_mma<64, Q, KV, Y>(stream, p, num_tokens);
+    if (tensor_cores && p.head_dim == 32) return launch_mma<32, Q, KV, Y>(stream, p, num_tokens);
+    if (tensor_cores && p.head_dim == 128) return launch_mma<128, Q, KV, Y>(stream, p, num_tokens);
+  }
+  launch_simt<Q, KV, Y>(stream, p, num_tokens);
+}
+
 template <typename Q, typename Y>
-void dispatch(Stream& stream, const Problem& p, int64_t num_tokens, bool cache_f32, bool tensor_cores) {
-  if (tensor_cores && p.head_dim == 64) return launch_mma<64, Q, Y>(stream, p, num_tokens);
-  if (tensor_cores && p.head_dim == 32) return launch_mma<32, Q, Y>(stream, p, num_tokens);
-  if (tensor_cores && p.head_dim == 128) return launch_mma<128, Q, Y>(stream, p, num_tokens);
-  cache_f32 ? launch_simt<Q, float, Y>(stream, p, num_tokens) : launch_simt<Q, bf16, Y>(stream, p, num_tokens);
+void dispatch(Stream& stream, const Problem& p, int64_t num_tokens, DType cache, bool tensor_cores) {
+  if (cache == DType::f32) return dispatch_width<Q, float, Y>(stream, p, num_tokens, tensor_cores);
+  if (cache == DType::i8) return dispatch_width<Q, int8_t, Y>(stream, p, num_tokens, tensor_cores);
+  dispatch_width<Q, bf16, Y>(stream, p, num_tokens, tensor_cores);
 }
 
 bool takes_wide_reads(const Tensor& t) { return reinterpret_cast<uintptr_t>(t.data) % 16 == 0; }
@@ -86,6 +96,7 @@ Problem describe(const Tensor& q, const KvCache& cache, const Tensor& sinks, con
   if (sinks.dtype == DType::f32) p.sinks_f32 = sinks.as<float>();
   if (sinks.dtype == DType::bf16) p.sinks_bf16 = sinks.as<bf16>();
   p.k = cache.k.data, p.v = cache.v.data;
+  if (cache.k_scales) p.k_scales = cache.k_scales.as<float>(), p.v_scales = cache.v_scales.as<float>();
   p.cu_seqlens = batch.cu_seqlens.as<int32_t>(), p.seq_lens = batch.seq_lens.as<int32_t>();
   p.block_table = batch.block_table.as<int32_t>();
   p.key_starts = batch.key_starts ? batch.key_starts.as<int32_t>() : nullptr;
@@ -103,7 +114,6 @@ void sink_attention(Stream& stream, const Tensor& q, const KvCache& cache, const
                     const AttentionBatch& batch, int64_t max_seq_len, float sm_scale, int64_t sliding_window,
                     Activations activations, const Tensor& sink_share, const Tensor& y) {
   check_sink_attention(q, cache, sinks, batch, sm_scale, sliding_window, sink_share, y);
-  check_dtype("k_cache", cache.k, {DType::f32, DType::bf16});
   check_contiguous("k_cache", cache.k);
   check_contiguous("v_cache", cache.v);
   const int64_t room = batch.block_table.shape[1] * cache.k.shape[2];
@@ -116,16 +126,16 @@ void sink_attention(Stream& stream, const Tensor& q, const KvCache& cache, const
   Problem p = describe(q, cache, sinks, batch, sink_share, y);
   p.sm_scale = sm_scale, p.max_seq_len = static_cast<int>(max_seq_len);
   p.sliding_window = sliding_window <= kMost ? static_cast<int>(sliding_window) : 0;
-  p.round_rows = activations != Activations::f32 && cache.k.dtype == DType::bf16;
-  const bool cache_f32 = cache.k.dtype == DType::f32;
+  p.round_rows = activations != Activations::f32 && cache.k.dtype != DType::f32;
+  const DType held = cache.k.dtype;
   const bool tensor_cores = p.round_rows && takes_wide_reads(cache.k) && takes_wide_reads(cache.v);
   const int64_t n = q.shape[0];
   if (q.dtype == DType::f32) {
-    y.dtype == DType::f32 ? dispatch<float, float>(stream, p, n, cache_f32, tensor_cores)
-                          : dispatch<float, bf16>(stream, p, n, cache_f32, tensor_cores);
+    y.dtype == DType::f32 ? dispatch<float, float>(stream, p, n, held, tensor_cores)
+                          : dispatch<float, bf16>(stream, p, n, held, tensor_cores);
   } else {
-    y.dtype == DType::f32 ? dispatch<bf16, float>(stream, p, n, cache_f32, tensor_cores)
-                          : dispatch<bf16, bf16>(stream, p, n, cache_f32, tensor_cores);
+    y.dtype == DType::f32 ? dispatch<bf16, float>(stream, p, n, held, tensor_cores)
+                          : dispatch<bf16, bf16>(stream, p, n, held, tensor_cores);
   }
 }
 

@@ -29,14 +29,15 @@
 //           and summed up by chunks of 1024, both at fixed positions, and chunks are merged in order, so that a row's
 //           bits depend neither on its neighbours or the threads, nor on how the prompt was split, nor on the paging,
 //           the places before the first key or the caches' strides.
-// CUDA:     contiguous float32 and bfloat16 caches. Tables lie on the device and are not looked at beforehand:
-//           cu_seqlens must not fall and must end at num_tokens; a block out of range counts as keys that nobody
-//           sees. bfloat16 caches with rounding and a head_dim of 32, 64 or 128 take sink_attention_bf16_sm80_kernel
-//           (mma.sync) or its _split form, which give the same bits: queries are rounded to bfloat16, keys summed in
-//           chunks of 128, each from nothing, and chunks merged in order, the sink last. The rest take
-//           sink_attention_simt_sm80_kernel. A row's bits depend neither on its neighbours nor on how the prompt was
-//           split; but a value that is not finite also reaches rows of the same tile of 16 that do not see it.
-//           max_seq_len bounds seq_lens and sizes the grid: what lies past it is not seen.
+// CUDA:     contiguous caches. Tables lie on the device and are not looked at beforehand: cu_seqlens must not fall
+//           and must end at num_tokens; a block out of range counts as keys that nobody sees. bfloat16 and int8
+//           caches with rounding and a head_dim of 32, 64 or 128 take sink_attention_bf16_sm80_kernel (mma.sync) or
+//           its _split form, which give the same bits: keys are summed in chunks of 128, each from nothing, and
+//           chunks merged in order, the sink last; a query for an int8 cache goes in as two parts that bfloat16
+//           holds. The rest take sink_attention_simt_sm80_kernel. A row's bits depend neither on its neighbours nor
+//           on how the prompt was split; but a value of a bfloat16 cache that is not finite also reaches rows of the
+//           same tile of 16 that do not see it. max_seq_len bounds seq_lens and sizes the grid: what lies past it is
+//           not seen.
 // Source:   model card section 2.3; Dao 2023 (FlashAttention-2) section 3.1; Xiao et al. 2023 (attention sinks).
 #pragma once
 

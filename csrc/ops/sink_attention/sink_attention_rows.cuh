@@ -25,6 +25,7 @@ struct Problem {
   const bf16* sinks_bf16;
   const void* k;
   const void* v;
+  const float *k_scales, *v_scales;  // of an int8 cache, else null
   const int32_t *cu_seqlens, *seq_lens, *block_table;
   const int32_t* key_starts;  // or null
   int num_sequences, max_blocks, num_blocks, block_size;
@@ -79,16 +80,35 @@ __device__ __forceinline__ bool sees(const Problem& p, int position, int key) {
   return key <= position && (p.sliding_window == 0 || position - key < p.sliding_window);
 }
 
-// Where a key of the sequence lies in the caches, in elements, or -1 when its block is out of range.
-__device__ __forceinline__ int64_t key_offset(const Problem& p, const Tile& tile, int kv_head, int key) {
+// Where a key of the sequence lies in the caches, in rows of head_dim values, or -1 when its block is out of range.
+__device__ __forceinline__ int64_t key_row(const Problem& p, const Tile& tile, int kv_head, int key) {
   const int place = tile.start + key;
   const int block = p.block_table[int64_t{tile.sequence} * p.max_blocks + place / p.block_size];
   if (block < 0 || block >= p.num_blocks) return -1;
-  return ((int64_t{block} * p.num_kv_heads + kv_head) * p.block_size + place % p.block_size) * p.head_dim;
+  return (int64_t{block} * p.num_kv_heads + kv_head) * p.block_size + place % p.block_size;
 }
 
 __device__ __forceinline__ float sink_of(const Problem& p, int head) {
   return p.sinks_f32 != nullptr ? p.sinks_f32[head] : widen(p.sinks_bf16[head]);
+}
+
+// How a query with these magnitudes is rounded for an int8 cache: to whole multiples of scale, 16256 at most; see
+// query_scale of the CPU's kernels. The scale is NaN when a value is not finite, which makes not_finite NaN.
+struct QueryScale {
+  float scale, inverse;
+  __device__ __forceinline__ float code(float x) const {
+    return inverse == 0.0f ? 0.0f : rintf(__fmul_rn(x, inverse));
+  }
+};
+__device__ __forceinline__ QueryScale query_scale(float amax, float not_finite) {
+  const bool usable = amax > 1e-30f && not_finite == 0.0f;
+  return {__fadd_rn(amax / 16256.0f, not_finite), usable ? 16256.0f / amax : 0.0f};
+}
+
+// What a weight multiplies the codes of an int8 cache's values with; the scale of a value that is not seen may be
+// anything.
+__device__ __forceinline__ float scaled_weight(float weight, float v_scale) {
+  return weight == 0.0f ? 0.0f : __fmul_rn(weight, v_scale);
 }
 
 // 2^(a - b) for a <= b; nothing has no weight. Scores of the tensor cores' kernels carry the factor log2(e).

@@ -267,8 +267,9 @@ def show(result: dict[str, Any]) -> None:
     peak = {"int8": "int8_gop_s", "bf16": "bf16_gflop_s", "float32": "float32_gflop_s"}[result["activations"]]
     cost = (f"{prefill['gflop_per_token']:.3g} GFLOP", f"{decode['gb_per_token']:.3g} GB")
     rate = (f"{prefill['gflop_per_s']:.4g} GFLOP/s", f"{decode['gb_per_s']:.3g} GB/s")
+    unknown = "not measured: that takes torch with CUDA"
     share = (
-        f"{prefill['share_of_peak']:.0%} of {ceilings[peak]:.4g} GFLOP/s" if ceilings[peak] else "not measured",
+        f"{prefill['share_of_peak']:.0%} of {ceilings[peak]:.4g} GFLOP/s" if ceilings[peak] else unknown,
         f"{decode['share_of_bandwidth']:.0%} of {ceilings['read_gb_s']:.3g} GB/s",
     )
     for i, (name, part) in enumerate({"prefill": prefill, "decode": decode}.items()):
