@@ -321,6 +321,7 @@ def experts(m: Maker) -> Iterator[GpuWork]:
     c, n, k = m.config, m.phase.tokens, m.config.experts_per_token
     weights = {name: m.weight(name) for name in EXPERTS}
     there = up(*weights.values())
+    foldable = cuda.scales_are_foldable(*(w for name, w in weights.items() if name.endswith("scales")))
     x = m.normal(n, c.hidden_size)
     (held,) = up(x)
     one = Costs(c).expert_bytes
@@ -336,7 +337,7 @@ def experts(m: Maker) -> Iterator[GpuWork]:
         agree(call(chosen[0])[:1].numpy(), want, "mxfp4_moe")
 
     def call(choice: Any) -> Any:
-        return cuda.mxfp4_moe(held, *choice, *there, activations="bf16", residual=held)
+        return cuda.mxfp4_moe(held, *choice, *there, activations="bf16", foldable_scales=foldable, residual=held)
 
     operations = 2.0 * 3 * c.intermediate_size * c.hidden_size * k * n
     yield GpuWork(

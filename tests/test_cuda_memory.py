@@ -27,7 +27,7 @@ def test_weights_are_the_checkpoints(size, gib):
     assert costs.weight_bytes == pytest.approx(gib * 2**30, rel=5e-3)
 
 
-@pytest.mark.parametrize(("kv", "left_gb"), [("bf16", 8.9), ("int8", 11.2)])
+@pytest.mark.parametrize(("kv", "left_gb"), [("bf16", 7.8), ("int8", 10.1)])
 def test_120b_and_its_whole_context_fit_one_card(kv, left_gb):
     config = SIZES["120b"]
     costs = Costs(config, kv=kv)
@@ -35,7 +35,7 @@ def test_120b_and_its_whole_context_fit_one_card(kv, left_gb):
     # Full layers hold every token, sliding ones their window and a step.
     assert costs.kv_bytes(CONTEXT - 1) < cache < 1.1 * costs.kv_bytes(CONTEXT - 1)
     scratch = costs.gpu_scratch_bytes(Gpu.step_tokens, CONTEXT)
-    assert scratch < 1.2e9
+    assert scratch < 2.1e9
     needed = costs.weight_bytes + cache + scratch
     assert CARD - needed == pytest.approx(left_gb * 1e9, abs=0.2e9)
     assert needed + costs.gpu_scratch_bytes(Gpu.step_tokens, 0, Gpu.step_tokens) < CARD  # logits of every token, too

@@ -33,6 +33,9 @@ void bind_status(py::module_& m) {
       .def_readonly("devices", &Status::devices);
   m.def("status", &status);
   m.def("architectures", [] { return std::string(MXMOE_CUDA_ARCHITECTURES); });
+  m.def("available_architectures", &available_architectures, py::arg("device") = 0);
+  m.def("active_architecture", &active_architecture, py::arg("device") = 0);
+  m.def("set_architecture", &set_architecture, py::arg("name"));
   m.def("last_kernels", &last_kernels);
   m.def("memory_info", [] {
     size_t free_bytes = 0, total_bytes = 0;

@@ -167,7 +167,7 @@ void bind_mxfp4_moe(py::module_& m) {
          const py::object& gate_up_blocks, const py::object& gate_up_scales, const py::object& gate_up_bias,
          const py::object& down_blocks, const py::object& down_scales, const py::object& down_bias,
          const std::string& activations, float swiglu_alpha, float swiglu_limit, int64_t first_expert,
-         const py::object& residual, const py::object& out) {
+         bool foldable_scales, const py::object& residual, const py::object& out) {
         Arguments args;
         const DeviceArg a = args.in(x, "x"), ids = args.in(topk_ids, "topk_ids");
         const DeviceArg shares = args.in(topk_weights, "topk_weights");
@@ -176,14 +176,15 @@ void bind_mxfp4_moe(py::module_& m) {
         const DeviceArg gbias = args.in(gate_up_bias, "gate_up_bias"), db = args.in(down_blocks, "down_blocks");
         const DeviceArg ds = args.in(down_scales, "down_scales"), dbias = args.in(down_bias, "down_bias");
         const DeviceArg r = args.optional(residual, "residual"), y = args.out(out, "out");
-        const MoeParams params{parse_activations(activations), swiglu_alpha, swiglu_limit, first_expert};
+        const MoeParams params{parse_activations(activations), swiglu_alpha, swiglu_limit, first_expert,
+                               foldable_scales};
         const OpScope scope(args.stream());
         mxfp4_moe(args.stream(), a, ids, shares, {gb, gs, gbias, db, ds, dbias}, params, r, y);
       },
       py::arg("x"), py::arg("topk_ids"), py::arg("topk_weights"), py::arg("gate_up_blocks"),
       py::arg("gate_up_scales"), py::arg("gate_up_bias"), py::arg("down_blocks"), py::arg("down_scales"),
       py::arg("down_bias"), py::arg("activations"), py::arg("swiglu_alpha"), py::arg("swiglu_limit"),
-      py::arg("first_expert"), py::arg("residual"), py::arg("out"));
+      py::arg("first_expert"), py::arg("foldable_scales"), py::arg("residual"), py::arg("out"));
 }
 
 void bind_rope(py::module_& m) {

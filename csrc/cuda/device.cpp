@@ -2,6 +2,8 @@
 
 #include <cuda_runtime.h>
 
+#include <atomic>
+#include <cstdlib>
 #include <map>
 #include <mutex>
 
@@ -39,7 +41,54 @@ std::string explain(cudaError_t error, const Status& s) {
   return concat(cudaGetErrorName(error), ": ", cudaGetErrorString(error));
 }
 
+// In order: best last.
+constexpr const char* kArchitectures[] = {"sm_80", "sm_90a"};
+constexpr int kNotForced = -1, kNotAsked = -2;
+std::atomic<int> forced_architecture{kNotAsked};
+
+int architecture_by_name(const std::string& name, const char* what) {
+  for (int i = 0; i < 2; ++i) {
+    if (name == kArchitectures[i]) return i;
+  }
+  throw ValueError(concat(what, " is '", name, "'; wanted sm_80 or sm_90a"));
+}
+
+// sm_90a's instructions are those of compute capability 9.0 alone.
+bool has_hopper_kernels(const Device& d) {
+  const std::string built = MXMOE_CUDA_ARCHITECTURES;
+  const bool compiled = built.find("90a") != std::string::npos || built == "emulation";
+  return compiled && d.major == 9 && d.minor == 0;
+}
+
+int architecture(int index) {
+  int forced = forced_architecture.load(std::memory_order_acquire);
+  if (forced == kNotAsked) {
+    const char* name = std::getenv("MXMOE_CUDA_ARCH");
+    forced = name != nullptr && *name != '\0' ? architecture_by_name(name, "MXMOE_CUDA_ARCH") : kNotForced;
+    forced_architecture.store(forced, std::memory_order_release);
+  }
+  const bool hopper = has_hopper_kernels(device(index));
+  check_value(forced != 1 || hopper, "the architecture is forced to be sm_90a, but device ", index,
+              " or this build (", MXMOE_CUDA_ARCHITECTURES, ") lacks it; wanted sm_80");
+  return forced != kNotForced ? forced : hopper ? 1 : 0;
+}
+
 }  // namespace
+
+std::vector<std::string> available_architectures(int index) {
+  std::vector<std::string> names = {kArchitectures[0]};
+  if (has_hopper_kernels(device(index))) names.push_back(kArchitectures[1]);
+  return names;
+}
+
+std::string active_architecture(int index) { return kArchitectures[architecture(index)]; }
+
+void set_architecture(const std::string& name) {
+  forced_architecture.store(name.empty() ? kNotAsked : architecture_by_name(name, "architecture"),
+                            std::memory_order_release);
+}
+
+bool on_hopper(int index) { return architecture(index) == 1; }
 
 Status status() {
   Status s{};

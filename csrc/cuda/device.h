@@ -28,5 +28,14 @@ Status status();
 // Asked once a device and kept. Throws CudaError when there is no such device, ValueError for a device too old.
 const Device& device(int index);
 
+// Whose kernels run: "sm_90a" takes Hopper's own instructions, "sm_80" runs everywhere. The best that the device and
+// this build have, best last.
+std::vector<std::string> available_architectures(int index);
+// The one in force: set_architecture's, else MXMOE_CUDA_ARCH's, else the best. Throws ValueError for a name that is
+// unknown or that the device lacks.
+std::string active_architecture(int index);
+void set_architecture(const std::string& name);  // empty: no longer forced
+bool on_hopper(int index);                       // whether it is sm_90a
+
 }  // namespace cuda
 }  // namespace mxmoe

@@ -18,9 +18,9 @@ __device__ __forceinline__ uint32_t shared_address(const void* p) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(p));
 }
 
-// The block's dynamic shared memory, the only kind the kernels use.
+// The block's dynamic shared memory, the only kind the kernels use; aligned for wgmma's swizzled tiles.
 __device__ __forceinline__ unsigned char* dynamic_shared() {
-  extern __shared__ __align__(128) unsigned char memory[];
+  extern __shared__ __align__(1024) unsigned char memory[];
   return memory;
 }
 
@@ -72,6 +72,17 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
   return packed;
 }
 
+// mul.bf16x2 (9.7.4.3): two products, rounded to nearest, subnormals kept. On sm_80 the same by way of fma (9.7.4.4).
+__device__ __forceinline__ uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
+  uint32_t product;
+#if __CUDA_ARCH__ >= 900
+  asm("mul.rn.bf16x2 %0, %1, %2;\n" : "=r"(product) : "r"(a), "r"(b));
+#else
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;\n" : "=r"(product) : "r"(a), "r"(b), "r"(0x80008000u));
+#endif
+  return product;
+}
+
 // ex2.approx (9.7.3.21): 2^x within 2 units in the last place; 2^-inf is 0.
 __device__ __forceinline__ float exp2_approx(float x) {
   float y;
@@ -104,5 +115,7 @@ __device__ __forceinline__ void release_next_kernel() {
 
 }  // namespace ptx
 }  // namespace mxmoe
+
+#include "cuda/wgmma.cuh"
 
 #endif

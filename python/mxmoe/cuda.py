@@ -26,6 +26,7 @@ from typing import Any, ParamSpec, TypeVar
 import numpy as np
 
 __all__ = [
+    "architecture",
     "array",
     "embedding",
     "empty",
@@ -49,6 +50,7 @@ __all__ = [
     "rope",
     "rope_kv_write",
     "sample",
+    "scales_are_foldable",
     "sink_attention",
     "synchronize",
     "use",
@@ -94,6 +96,30 @@ def problem() -> str | None:
     except RuntimeError as error:
         return str(error)
     return text or None
+
+
+@contextmanager
+def architecture(name: str) -> Iterator[None]:
+    """Force an architecture's kernels for all ops of the process within the ``with`` block.
+
+    Parameters
+    ----------
+    name : str
+        ``"sm_90a"``, with Hopper's own instructions, or ``"sm_80"``, which runs everywhere. The environment variable
+        ``MXMOE_CUDA_ARCH`` does the same for a whole process.
+
+    Raises
+    ------
+    ValueError
+        The name is unknown. That the device lacks it is said by the first op.
+    """
+    if not name:
+        raise ValueError("architecture is empty; wanted sm_80 or sm_90a")
+    extension().set_architecture(name)
+    try:
+        yield
+    finally:
+        extension().set_architecture("")
 
 
 def is_on_gpu(x: Any) -> bool:
@@ -469,6 +495,7 @@ def mxfp4_moe(
     swiglu_alpha: float = 1.702,
     swiglu_limit: float = 7.0,
     first_expert: int = 0,
+    foldable_scales: bool = False,
     residual: Array | None = None,
     out: Array | None = None,
 ) -> Array:
@@ -492,10 +519,27 @@ def mxfp4_moe(
         swiglu_alpha,
         swiglu_limit,
         first_expert,
+        foldable_scales,
         residual,
         out,
     )
     return out
+
+
+def scales_are_foldable(*scales: Any) -> bool:
+    """Whether `mxfp4_moe` may fold these scales into the weights: all are 2 to 128.
+
+    A weight is then a normal bfloat16 and its scale, halved, a bfloat16 factor, so that nothing is rounded.
+
+    Parameters
+    ----------
+    *scales : array of uint8, on the GPU or the host
+    """
+    for x in scales:
+        host = from_dlpack(x).numpy() if is_on_gpu(x) else np.asarray(x)
+        if host.size and not (host.min() >= 2 and host.max() <= 128):
+            return False
+    return True
 
 
 @_handing_back

@@ -110,8 +110,8 @@ class Gpu(Device):
     name = "cuda"
     host_ops = ops  # before the name is another's
     ops = cuda
-    # The experts' kernels take this many at once, and logits of all of them still fit beside a large model.
-    step_tokens = 1024
+    # Enough for each of 128 experts to get work, and logits of all of them still fit beside a large model.
+    step_tokens = 2048
 
     def __init__(self, weight_bytes: int) -> None:
         if problem := cuda.problem():

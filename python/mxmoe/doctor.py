@@ -48,7 +48,8 @@ class Doctor:
     kernels : list of KernelChoice
     cuda : dict
         `built` (whether the extension is there), `architectures` it has code for, `runtime` and `driver` versions,
-        `devices`, and `problem`: what keeps this machine from running on a GPU, or None.
+        `devices`, each with the architecture whose `kernels` run there, and `problem`: what keeps this machine from
+        running on a GPU, or None.
     components : dict or None
         For a model: what each component is held in (dtype) and takes (bytes).
     """
@@ -90,6 +91,7 @@ def _cuda() -> dict[str, Any]:
             "name": device.name,
             "compute_capability": list(device.compute_capability),
             "total_bytes": device.total_bytes,
+            "kernels": extension.active_architecture(device.index) if device.compute_capability >= (8, 0) else None,
         }
         for device in status.devices
     ]
@@ -117,7 +119,7 @@ def doctor(model: Model | None = None) -> Doctor:
     Raises
     ------
     ValueError
-        ``MXMOE_ISA`` names an instruction set that is unknown or that this CPU lacks.
+        ``MXMOE_ISA`` or ``MXMOE_CUDA_ARCH`` names what is unknown or what this machine lacks.
     """
     isa = _core.active_isa()
     forced = bool(os.environ.get("MXMOE_ISA"))

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from mxmoe import cuda
 from mxmoe.devices import HOST, Device
 from mxmoe.kv_cache import KVCache, Pages
 from mxmoe.packing import (
@@ -368,6 +369,9 @@ class Experts(Watched):
     ----------
     adapter : LowRank or None
         Added to what goes into the experts (the router has seen it before). Assign to change it.
+    foldable_scales : bool
+        What `mxmoe.cuda.scales_are_foldable` says of scales on a GPU; found out anew when others are assigned, not
+        when arrays are changed in place.
     """
 
     def __init__(
@@ -384,8 +388,9 @@ class Experts(Watched):
         swiglu_limit: float,
         packed: bool = False,
         owned: bool = False,
+        foldable_scales: bool = False,
     ) -> None:
-        self.ops, self.activations = ops, activations
+        self.ops, self.activations, self.foldable_scales = ops, activations, foldable_scales
         self.adapter: LowRank | None = None
         self.swiglu_alpha, self.swiglu_limit = swiglu_alpha, swiglu_limit
         self.gate_up = ExpertMatrix(gate_up_blocks, gate_up_scales, packed, owned)
@@ -410,6 +415,7 @@ class Experts(Watched):
     @gate_up_scales.setter
     def gate_up_scales(self, scales: Array) -> None:
         self.gate_up.replace(scales=scales)
+        self._look_at_scales()
 
     @property
     def down_blocks(self) -> Array:
@@ -428,6 +434,11 @@ class Experts(Watched):
     @down_scales.setter
     def down_scales(self, scales: Array) -> None:
         self.down.replace(scales=scales)
+        self._look_at_scales()
+
+    def _look_at_scales(self) -> None:
+        scales = self.gate_up.held[1], self.down.held[1]
+        self.foldable_scales = all(map(cuda.is_on_gpu, scales)) and cuda.scales_are_foldable(*scales)
 
     @property
     def packed_nbytes(self) -> int:
@@ -448,6 +459,7 @@ class Experts(Watched):
             activations=self.activations,
             swiglu_alpha=self.swiglu_alpha,
             swiglu_limit=self.swiglu_limit,
+            foldable_scales=self.foldable_scales,
             residual=residual,
         )
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
+from mxmoe import cuda
 from mxmoe.adapters import Adapter, apply_adapter
 from mxmoe.checkpoint import Checkpoint, LayerWeights, resolve
 from mxmoe.config import ModelConfig
@@ -92,14 +93,18 @@ class _Builder:
         """Bring a weight to where the model is."""
         return self.device.put_weight(weight, name) if isinstance(self.device, Gpu) else weight
 
-    def held_layer(self, i: int) -> LayerWeights:
-        """Bring a layer's weights to where the model is; what has been copied there leaves the memory here."""
+    def held_layer(self, i: int) -> tuple[LayerWeights, bool]:
+        """Bring a layer's weights to where the model is; what has been copied there leaves the memory here.
+
+        Says also whether a GPU's kernels may fold the scales of the experts into their weights.
+        """
         weights = self.checkpoint.layer(i)
         if not isinstance(self.device, Gpu):
-            return weights
+            return weights, False
+        foldable = cuda.scales_are_foldable(weights.gate_up_scales, weights.down_scales)
         there = {name: self.held(weight, f"layer {i}'s {name}") for name, weight in vars(weights).items()}
         self.checkpoint.release(i)
-        return LayerWeights(**there)
+        return LayerWeights(**there), foldable
 
     def linear(self, weight: Array, bias: Array | None, name: str, layer: int | None = None) -> Linear:
         """Make a dense layer of a weight, `name` in the checkpoint."""
@@ -119,7 +124,8 @@ class _Builder:
         return RMSNorm(self.ops, weight, self.config.rms_norm_eps)
 
     def layer(self, i: int) -> DecoderLayer:
-        w, config, ops = self.held_layer(i), self.config, self.ops
+        w, foldable_scales = self.held_layer(i)
+        config, ops = self.config, self.ops
         attention = Attention(
             ops=ops,
             index=i,
@@ -147,6 +153,7 @@ class _Builder:
             swiglu_limit=config.swiglu_limit,
             packed=self.packed,
             owned=self.checkpoint.layout == "huggingface-bf16",
+            foldable_scales=foldable_scales,
         )
         # The router is small and decides: it stays float32 x bf16 whatever the rest is rounded to.
         router = Linear(ops, w.router_weight, w.router_bias, None, "float32")

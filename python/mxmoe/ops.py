@@ -475,6 +475,7 @@ def mxfp4_moe(
     swiglu_alpha: float = 1.702,
     swiglu_limit: float = 7.0,
     first_expert: int = 0,
+    foldable_scales: bool = False,
     residual: Array | None = None,
     out: Array | None = None,
 ) -> Array:
@@ -505,6 +506,9 @@ def mxfp4_moe(
     swiglu_alpha, swiglu_limit : float
     first_expert : int
         Id of the first expert held here.
+    foldable_scales : bool
+        Whether every scale is known to be 2 to 128 (`mxmoe.cuda.scales_are_foldable`), which the kernels for
+        Hopper GPUs need; a wrong word gives wrong results there. Of no meaning elsewhere.
     residual : array, shape (num_tokens, hidden_size), float32, optional
     out : array, shape (num_tokens, hidden_size), float32, optional
         May be `residual` itself.

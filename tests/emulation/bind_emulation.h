@@ -7,6 +7,7 @@ namespace mxmoe {
 namespace emulation {
 
 void bind_emulation(pybind11::module_& m);
+void bind_products(pybind11::module_& m);
 
 }  // namespace emulation
 }  // namespace mxmoe

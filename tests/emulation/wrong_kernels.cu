@@ -179,6 +179,7 @@ void bind_emulation(pybind11::module_& m) {
   m.def("clear_fault", &clear_fault);
   m.def("set_memory_limit", &set_memory_limit, py::arg("num_bytes"));
   m.def("device_bytes", &device_bytes);
+  bind_products(m);
   m.def("run_kernel", &run, py::arg("name"), py::arg("values"));
 #if defined(__SANITIZE_ADDRESS__)
   m.attr("sanitized") = true;

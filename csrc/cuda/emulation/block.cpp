@@ -11,6 +11,7 @@
 #include "core/check.h"
 #include "cuda/emulation/fiber.h"
 #include "cuda/emulation/guard.h"
+#include "cuda/emulation/warpgroup.h"
 
 namespace mxmoe {
 namespace emulation {
@@ -46,12 +47,20 @@ struct Collective {
   void* out[32];
 };
 
-constexpr size_t kSharedAlign = 128;
+struct GroupCollective {
+  const char* what = nullptr;  // none waits
+  GroupCompute compute;
+  size_t arrived;
+  const void* in[128];
+};
+
+constexpr size_t kSharedAlign = 1024;
 constexpr unsigned char kPoison = 0xFF;  // NaN in every float format, -1 in every integer
 
 struct Block {
   std::vector<std::unique_ptr<Thread>> threads;
   std::vector<std::vector<Collective>> collectives;  // waiting, by warp
+  std::vector<GroupCollective> group_collectives;    // by warpgroup
   size_t count = 0, current = 0;
   std::unique_ptr<unsigned char[]> shared;  // plain new: the sanitizer watches its ends
   unsigned char* shared_begin = nullptr;
@@ -62,6 +71,7 @@ struct Block {
 
 Block the_block;
 uint64_t the_seed = 0;
+std::mt19937_64 the_coins;
 
 Thread& running() { return *the_block.threads[the_block.current]; }
 
@@ -87,6 +97,7 @@ bool release_barrier() {
   size_t waiting = 0;
   for (size_t i = 0; i < block.count; ++i) waiting += block.threads[i]->state == State::Barrier;
   if (waiting != block.count) return false;
+  shared_barrier();
   for (size_t i = 0; i < block.count; ++i) block.threads[i]->state = State::Ready;
   return true;
 }
@@ -128,7 +139,10 @@ void run_block(std::mt19937_64& random) {
       }
       all_done = all_done && thread.state == State::Done;
     }
-    if (all_done) return;
+    if (all_done) {
+      block.fault = end_warpgroups();
+      return;
+    }
     if (!ran && !release_barrier()) {
       block.fault = deadlock();
       return;
@@ -138,7 +152,7 @@ void run_block(std::mt19937_64& random) {
 
 void start_block(size_t shared_bytes) {
   Block& block = the_block;
-  // new aligns to 16; kernels may rely on 128, as on the device. What is left over is closed.
+  // new aligns to 16; kernels may rely on 1024, as on the device. What is left over is closed.
   block.shared.reset(new unsigned char[shared_bytes + kSharedAlign]);
   unsigned char* memory = block.shared.get();
   unsigned char* begin = memory + (kSharedAlign - reinterpret_cast<uintptr_t>(memory) % kSharedAlign) % kSharedAlign;
@@ -147,6 +161,8 @@ void start_block(size_t shared_bytes) {
   std::memset(begin, kPoison, shared_bytes);
   block.shared_begin = begin, block.shared_bytes = shared_bytes;
   block.collectives.assign((block.count + 31) / 32, {});
+  block.group_collectives.assign((block.count + 127) / 128, {});
+  start_warpgroups(block.count, shared_bytes);
   block.fault.clear();
   for (size_t i = 0; i < block.count; ++i) {
     Thread& thread = *block.threads[i];
@@ -168,6 +184,7 @@ std::string run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::func
   the_block.count = size_t{block.x} * block.y * block.z;
   while (the_block.threads.size() < the_block.count) the_block.threads.push_back(std::make_unique<Thread>());
   std::mt19937_64 random(the_seed);
+  the_coins.seed(the_seed);
   std::vector<uint64_t> order(uint64_t{grid.x} * grid.y * grid.z);
   std::iota(order.begin(), order.end(), uint64_t{0});
   if (the_seed != 0) std::shuffle(order.begin(), order.end(), random);
@@ -183,7 +200,10 @@ std::string run_grid(dim3 grid, dim3 block, size_t shared_bytes, const std::func
 }
 
 int lane() { return static_cast<int>(the_block.current % 32); }
+size_t thread_number() { return the_block.current; }
 unsigned char* dynamic_shared() { return the_block.shared_begin; }
+size_t shared_size() { return the_block.shared_bytes; }
+bool coin() { return the_seed != 0 && (the_coins() & 1u) != 0; }
 
 void fail(const std::string& what) {
   the_block.fault = concat(describe(running()), ": ", what);
@@ -220,6 +240,24 @@ void warp_collective(const char* what, unsigned mask, const void* in, void* out,
   for (size_t l = 0; l < lanes; ++l) {
     Thread& thread = *the_block.threads[warp * 32 + l];
     if ((mask >> l & 1u) != 0 && thread.state == State::Collective) thread.state = State::Ready;
+  }
+}
+
+void warpgroup_collective(const char* what, const void* in, GroupCompute compute) {
+  const size_t group = the_block.current / 128, own = the_block.current % 128;
+  GroupCollective& waiting = the_block.group_collectives[group];
+  if (waiting.what == nullptr) waiting = {what, compute, 0, {}};
+  if (waiting.compute != compute) {
+    fail(concat("threads of one warpgroup are in different collectives: ", what, " and ", waiting.what));
+  }
+  waiting.in[own] = in;
+  if (++waiting.arrived < 128) return yield_as(State::Collective, what);
+  const GroupCollective whole = waiting;
+  waiting.what = nullptr;
+  whole.compute(whole.in);
+  for (size_t i = 0; i < 128; ++i) {
+    Thread& thread = *the_block.threads[group * 128 + i];
+    if (thread.state == State::Collective) thread.state = State::Ready;
   }
 }
 
@@ -271,6 +309,9 @@ void async_wait(int groups_left) {
       } else {
         std::memset(copy.to, 0, copy.bytes);
       }
+      copied_to_shared(the_block.current,
+                       static_cast<size_t>(static_cast<unsigned char*>(copy.to) - the_block.shared_begin),
+                       copy.bytes);
     }
     groups.pop_front();
   }

@@ -40,6 +40,9 @@ void set_seed(uint64_t seed);  // of the orders; 0 runs threads and blocks by nu
 
 // From here on, called by kernels.
 int lane();
+size_t thread_number();
+size_t shared_size();
+bool coin();  // from the seed; for chances other than the order of threads
 unsigned char* dynamic_shared();
 void block_barrier();
 void warp_barrier(unsigned mask);
@@ -50,6 +53,10 @@ void warp_barrier(unsigned mask);
 // that the lanes brought (null for lanes outside the mask).
 using Compute = void (*)(const void* const (&in)[32], void* const (&out)[32]);
 void warp_collective(const char* what, unsigned mask, const void* in, void* out, Compute compute);
+
+// The same for a warpgroup: four warps from one whose number is divisible by 4.
+using GroupCompute = void (*)(const void* const (&in)[128]);
+void warpgroup_collective(const char* what, const void* in, GroupCompute compute);
 
 template <typename T>
 T shuffle(const char* what, unsigned mask, T value, int from) {

@@ -7,6 +7,9 @@
 
 #include "core/types.h"
 #include "cuda/emulation/block.h"
+#include "cuda/emulation/warpgroup.h"
+
+#define MXMOE_HOPPER 1
 
 namespace mxmoe {
 namespace ptx {
@@ -94,6 +97,10 @@ inline uint32_t pack_bf16(float low, float high) {
   return convert(low) | convert(high) << 16;
 }
 
+inline uint32_t mul_bf16x2(uint32_t a, uint32_t b) {
+  return pack_bf16(detail::half_of(a, 0) * detail::half_of(b, 0), detail::half_of(a, 1) * detail::half_of(b, 1));
+}
+
 inline float exp2_approx(float x) {
   const float y = std::exp2(x);
   return y < 1.17549435e-38f ? 0.0f : y;  // subnormal results are flushed
@@ -103,6 +110,29 @@ inline uint4 load_once_16(const void* p) {
   if (reinterpret_cast<uintptr_t>(p) % 16 != 0)
     emulation::fail("ld.global.v4 with an address not aligned to 16 bytes");
   return *static_cast<const uint4*>(p);
+}
+
+inline uint64_t matrix_descriptor(const void* tile, uint32_t stride, uint32_t leading = 16) {
+  const uint32_t address = emulation::shared_address(tile);
+  return uint64_t{(address & 0x3ffffu) >> 4} | uint64_t{(leading & 0x3ffffu) >> 4} << 16 |
+         uint64_t{(stride & 0x3ffffu) >> 4} << 32 | uint64_t{1} << 62;
+}
+inline void fence_proxy_async() { emulation::fence_proxy_async(); }
+inline void wgmma_fence() { emulation::wgmma_fence(); }
+inline void wgmma_commit() { emulation::wgmma_commit(); }
+template <int N>
+void wgmma_wait() {
+  emulation::wgmma_wait(N);
+}
+template <int kCount>
+void wgmma_hold(float (&)[kCount]) {}
+template <int N, bool kTransposedB = false>
+void wgmma_bf16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  emulation::wgmma({d, a, 0, b, false, kTransposedB, accumulate, N});
+}
+template <int N, bool kTransposedA = false, bool kTransposedB = false>
+void wgmma_bf16(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
+  emulation::wgmma({d, nullptr, a, b, kTransposedA, kTransposedB, accumulate, N});
 }
 
 inline void wait_for_previous_kernel() {}

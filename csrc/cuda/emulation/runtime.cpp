@@ -51,6 +51,14 @@ struct Machine {
   std::string fault;
 };
 
+// Compute capability 9.0, or what MXMOE_EMULATED_CAPABILITY says ("8.0").
+std::pair<int, int> capability() {
+  static const char* const text = std::getenv("MXMOE_EMULATED_CAPABILITY");
+  if (text == nullptr) return {9, 0};
+  return {std::atoi(text), std::strchr(text, '.') != nullptr ? std::atoi(std::strchr(text, '.') + 1) : 0};
+}
+size_t most_shared() { return (capability().first >= 9 ? 227 : 163) * size_t{1024}; }
+
 // Never destroyed: streams outlive the module.
 Machine& machine() {
   static auto* const one = new Machine;
@@ -143,9 +151,7 @@ namespace emulation {
 cudaError_t submit_kernel(const cudaLaunchConfig_t& config, const void*, std::function<void()> body) {
   LOCKED;
   const uint64_t threads = uint64_t{config.blockDim.x} * config.blockDim.y * config.blockDim.z;
-  // The limits of compute capability 8.0 to 9.0.
-  constexpr size_t kMostShared = 99 * 1024;
-  if (threads == 0 || threads > 1024 || config.dynamicSmemBytes > kMostShared || config.gridDim.x == 0 ||
+  if (threads == 0 || threads > 1024 || config.dynamicSmemBytes > most_shared() || config.gridDim.x == 0 ||
       config.gridDim.y == 0 || config.gridDim.z == 0 || config.gridDim.y > 65535 || config.gridDim.z > 65535) {
     return failed(cudaErrorInvalidConfiguration);
   }
@@ -228,7 +234,7 @@ cudaError_t cudaSetDevice(int device) {
 cudaError_t cudaGetDeviceProperties(cudaDeviceProp* p, int device) {
   LOCKED;
   if (device != 0) return failed(cudaErrorInvalidDevice);
-  *p = {"emulation on the CPU", 8, 0, 4, 1 << 20, machine().limit, 99 * 1024};
+  *p = {"emulation on the CPU", capability().first, capability().second, 4, 1 << 20, machine().limit, most_shared()};
   return cudaSuccess;
 }
 cudaError_t cudaMemGetInfo(size_t* free_bytes, size_t* total_bytes) {

@@ -20,10 +20,12 @@
 //           num_tokens * experts_per_token rows; a row's bits depend on that row alone, within one instruction set,
 //           and not on whether the weights are packed.
 // CUDA:     weights as stored, at most 1024 experts held; activations float32 or bf16. topk_ids lie on the device: an
-//           id that is not held contributes nothing, be it negative. mxfp4_moe_bf16_mxfp4_sm80_kernel multiplies with
-//           mma.sync, mxfp4_moe_f32_mxfp4_sm80_kernel without tensor cores; a block's sum is multiplied by its scale,
-//           so that no scale is out of range. A row's bits depend on that row alone: tiles of any size sum alike.
-//           Scratch for 2048 tokens at a time.
+//           id that is not held contributes nothing, be it negative. Up to 512 pairs of token and choice take two
+//           launches; more are sorted by expert first. float32: no tensor cores. bf16: mma.sync, a block's sum
+//           multiplied by its scale, so that no scale is out of range; on sm_90a with foldable_scales (the caller's
+//           word that every scale byte is 2 to 128), blocks at 16 bytes and unless sm_80 is forced: wgmma, scales
+//           folded into the weights, exactly. Kernels of one kind sum alike: a row's bits depend on that row alone.
+//           Scratch for 4096 tokens at a time.
 // Source:   model card section 2.2; OCP Microscaling v1.0 section 5; gpt_oss/torch/model.py, MLPBlock.
 #pragma once
 
@@ -41,6 +43,7 @@ struct MoeParams {
   Activations activations = Activations::bf16;
   float swiglu_alpha = 1.702f, swiglu_limit = 7.0f;
   int64_t first_expert = 0;
+  bool foldable_scales = false;  // every scale byte is 2 to 128; for GPUs
 };
 
 // All but the values of topk_ids.

@@ -28,10 +28,11 @@ struct Product {
   int rows, k_blocks;
   const void* x;
   int64_t x_stride;
-  int pairs_per_row;  // of x: experts_per_token where x is by token, 0 where it is by place
-  void* y;            // by place: activations of rows / 2 values, or float32 of rows
+  int pairs_per_row;  // of x: experts_per_token where x is by token, 1 where it is by pair
+  void* y;            // by pair: activations of rows / 2 values, or float32 of rows
   float alpha, limit;
-  const int32_t *order, *tile_expert, *tile_begin, *tile_end;
+  Groups groups;
+  Combine combine;  // of few pairs, after the second product
 };
 
 // Eight codes to eight bfloat16, by tables of the values' upper and lower bytes: 0, .5, 1, 1.5, 2, 3, 4, 6.
@@ -62,16 +63,17 @@ __device__ __forceinline__ float swiglu(float gate, float up, float alpha, float
   return gate / (1.0f + expf(-alpha * gate)) * (up + 1.0f);
 }
 
-// The row of x that a place in the order reads.
+// The row of x that a pair reads.
 template <typename X>
-__device__ __forceinline__ const X* row_of(const Product& p, int place) {
-  const int64_t row = p.pairs_per_row > 0 ? p.order[place] / p.pairs_per_row : place;
-  return static_cast<const X*>(p.x) + row * p.x_stride;
+__device__ __forceinline__ const X* row_of(const Product& p, int pair) {
+  return static_cast<const X*>(p.x) + int64_t{pair / p.pairs_per_row} * p.x_stride;
 }
 
+// Shared memory ends with the block's list of pairs and a flag.
+constexpr size_t kListBytes = (kFewPairs + 1) * sizeof(int32_t);
 template <int kTiles>
 constexpr size_t shared_bytes() {
-  return sizeof(float) * kSlices * kTiles * kTile;
+  return sizeof(float) * kSlices * kTiles * kTile + kListBytes;
 }
 
 // Sums of one slice for 16 rows and the tile's pairs.
@@ -110,47 +112,43 @@ __device__ __forceinline__ int element_of(int row, int pair) {
 
 // A block's elements, with their biases, to memory.
 template <bool kGateUp>
-__device__ __forceinline__ void write_tile(const Product& p, int expert, int row0, int begin, int pairs,
+__device__ __forceinline__ void write_tile(const Product& p, int expert, int row0, const int32_t* list, int pairs,
                                            const float* sums) {
   constexpr int kOutputs = kGateUp ? kTileRows / 2 : kTileRows;
   for (int i = static_cast<int>(threadIdx.x); i < pairs * kOutputs; i += kThreads) {
     const int pair = i / kOutputs, output = i % kOutputs;
-    const int64_t place = begin + pair, bias_row = int64_t{expert} * p.rows + row0;
+    const int64_t row = list[pair], bias_row = int64_t{expert} * p.rows + row0;
     if (kGateUp) {
       const float gate = sums[element_of(2 * output, pair)] + bias_of(p, bias_row + 2 * output);
       const float up = sums[element_of(2 * output + 1, pair)] + bias_of(p, bias_row + 2 * output + 1);
-      static_cast<bf16*>(p.y)[place * (p.rows / 2) + row0 / 2 + output] =
+      static_cast<bf16*>(p.y)[row * (p.rows / 2) + row0 / 2 + output] =
           narrow<bf16>(swiglu(gate, up, p.alpha, p.limit));
     } else {
-      static_cast<float*>(p.y)[place * p.rows + row0 + output] =
+      static_cast<float*>(p.y)[row * p.rows + row0 + output] =
           sums[element_of(output, pair)] + bias_of(p, bias_row + output);
     }
   }
 }
 
-// grid: (16 weight rows, tile of pairs).
+// 16 weight rows by up to 8 * kTiles pairs of one expert.
 template <int kTiles, bool kGateUp, typename X>
-__global__ void __launch_bounds__(kThreads) mxfp4_moe_bf16_mxfp4_sm80_kernel(Product p) {
+__device__ __forceinline__ void multiply_tile(const Product& p, int expert, const int32_t* list, int pairs,
+                                              float* sums) {
   constexpr int kElements = kTiles * kTile;
-  float* sums = reinterpret_cast<float*>(ptx::dynamic_shared());  // [slice][tile][lane][4]
   const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
   const int row0 = static_cast<int>(blockIdx.x) * kTileRows;
-  ptx::wait_for_previous_kernel();
-  const int expert = p.tile_expert[blockIdx.y];
-  if (expert < 0) return;
-  const int begin = p.tile_begin[blockIdx.y], pairs = p.tile_end[blockIdx.y] - begin;
   const bool x_aligned = linear_mma::rows_aligned(static_cast<const X*>(p.x), p.x_stride);
   const X* x[kTiles];
 #pragma unroll
   for (int i = 0; i < kTiles; ++i) {
     const int pair = i * kTileTokens + lane / 4;
-    x[i] = pair < pairs ? row_of<X>(p, begin + pair) : nullptr;
+    x[i] = pair < pairs ? row_of<X>(p, list[pair]) : nullptr;
   }
   const int num_slices = (p.k_blocks + kSliceBlocks - 1) / kSliceBlocks;
   float totals[kElements / kThreads] = {};
   for (int first = 0; first < num_slices; first += kSlices) {
     const int slices = min(kSlices, num_slices - first);
-    if (first > 0) __syncthreads();
+    __syncthreads();  // what was there has been read
     for (int s = warp; s < slices; s += kWarps) {
       float acc[kTiles][4] = {};
       multiply_slice<kTiles>(p, int64_t{expert} * p.rows + row0, x, x_aligned, (first + s) * kSliceBlocks, acc);
@@ -172,7 +170,26 @@ __global__ void __launch_bounds__(kThreads) mxfp4_moe_bf16_mxfp4_sm80_kernel(Pro
 #pragma unroll
   for (int i = 0; i < kElements / kThreads; ++i) sums[i * kThreads + static_cast<int>(threadIdx.x)] = totals[i];
   __syncthreads();
-  write_tile<kGateUp>(p, expert, row0, begin, pairs, sums);
+  write_tile<kGateUp>(p, expert, row0, list, pairs, sums);
+}
+
+// grid: (16 weight rows, tile of pairs or, for few pairs, expert).
+template <int kTiles, bool kGateUp, typename X>
+__global__ void __launch_bounds__(kThreads) mxfp4_moe_bf16_mxfp4_few_sm80_kernel(Product p) {
+  constexpr int kPairs = kTiles * kTileTokens;
+  float* sums = reinterpret_cast<float*>(ptx::dynamic_shared());  // [slice][tile][lane][4]
+  int32_t* list = reinterpret_cast<int32_t*>(sums + kSlices * kTiles * kTile);
+  ptx::wait_for_previous_kernel();
+  ptx::release_next_kernel();
+  const BlockPairs work = pairs_of_block(p.groups, list);
+  __syncthreads();
+  for (int first = 0; first < work.count; first += kPairs) {
+    multiply_tile<kTiles, kGateUp, X>(p, work.expert, work.pairs + first, min(kPairs, work.count - first), sums);
+  }
+  if (!kGateUp && p.combine.arrived != nullptr) {
+    const int row0 = static_cast<int>(blockIdx.x) * kTileRows;
+    combine_last(p.combine, p.groups, row0, row0 + kTileRows, list + kFewPairs);
+  }
 }
 
 // Nothing rounded: a warp an output, for up to 8 pairs; lanes take blocks of K, and one tree adds them up.
@@ -208,29 +225,38 @@ __device__ __forceinline__ void exact_row(const Product& p, int64_t row, const X
   for (int i = 0; i < kExactPairs; ++i) sums[i] = warp_sum(sums[i]);
 }
 
-// grid: (outputs by fours, tile of pairs).
+// grid: (outputs by fours, tile of pairs or, for few pairs, expert).
 template <bool kGateUp, typename X>
 __global__ void __launch_bounds__(kThreads) mxfp4_moe_f32_mxfp4_sm80_kernel(Product p) {
+  int32_t* list = reinterpret_cast<int32_t*>(ptx::dynamic_shared());
   const int output = static_cast<int>(blockIdx.x) * kWarps + static_cast<int>(threadIdx.x) / kWarp;
   const int outputs = kGateUp ? p.rows / 2 : p.rows;
   ptx::wait_for_previous_kernel();
-  const int expert = p.tile_expert[blockIdx.y];
-  if (expert < 0 || output >= outputs) return;
-  const int begin = p.tile_begin[blockIdx.y], pairs = p.tile_end[blockIdx.y] - begin;
-  const X* x[kExactPairs];
+  ptx::release_next_kernel();
+  const BlockPairs work = pairs_of_block(p.groups, list);
+  __syncthreads();
+  const int64_t row = int64_t{work.expert} * p.rows + (kGateUp ? 2 * output : output);
+  for (int first = 0; first < work.count && output < outputs; first += kExactPairs) {
+    const X* x[kExactPairs];
 #pragma unroll
-  for (int i = 0; i < kExactPairs; ++i) x[i] = i < pairs ? row_of<X>(p, begin + i) : nullptr;
-  const int64_t row = int64_t{expert} * p.rows + (kGateUp ? 2 * output : output);
-  float sums[kExactPairs], up[kExactPairs];
-  exact_row(p, row, x, sums);
-  if (kGateUp) exact_row(p, row + 1, x, up);
-  if (threadIdx.x % kWarp != 0) return;
+    for (int i = 0; i < kExactPairs; ++i) {
+      x[i] = first + i < work.count ? row_of<X>(p, work.pairs[first + i]) : nullptr;
+    }
+    float sums[kExactPairs], up[kExactPairs];
+    exact_row(p, row, x, sums);
+    if (kGateUp) exact_row(p, row + 1, x, up);
+    if (threadIdx.x % kWarp != 0) continue;
 #pragma unroll
-  for (int i = 0; i < kExactPairs; ++i) {
-    if (x[i] == nullptr) continue;
-    float y = sums[i] + bias_of(p, row);
-    if (kGateUp) y = swiglu(y, up[i] + bias_of(p, row + 1), p.alpha, p.limit);
-    static_cast<float*>(p.y)[int64_t{begin + i} * outputs + output] = y;
+    for (int i = 0; i < kExactPairs; ++i) {
+      if (x[i] == nullptr) continue;
+      float y = sums[i] + bias_of(p, row);
+      if (kGateUp) y = swiglu(y, up[i] + bias_of(p, row + 1), p.alpha, p.limit);
+      static_cast<float*>(p.y)[int64_t{work.pairs[first + i]} * outputs + output] = y;
+    }
+  }
+  if (!kGateUp && p.combine.arrived != nullptr) {
+    const int first = static_cast<int>(blockIdx.x) * kWarps;
+    combine_last(p.combine, p.groups, first, first + kWarps, list + kFewPairs);
   }
 }
 

@@ -35,7 +35,10 @@ def _cuda_line(cuda: dict[str, Any]) -> str:
     built = f"CUDA: built with {cuda['runtime']} for {', '.join(cuda['architectures'])}"
     if cuda["problem"]:
         return f"{built}; cannot run here: {cuda['problem']}"
-    devices = ", ".join(f"{d['name']} ({d['total_bytes'] / 2**30:.0f} GiB)" for d in cuda["devices"])
+    devices = ", ".join(
+        f"{d['name']} ({d['total_bytes'] / 2**30:.0f} GiB, kernels: {d['kernels'] or 'none'})"
+        for d in cuda["devices"]
+    )
     return f"{built}; driver {cuda['driver']}; {devices}"
 
 

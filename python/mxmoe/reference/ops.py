@@ -422,6 +422,7 @@ def mxfp4_moe(
     swiglu_alpha: float = 1.702,
     swiglu_limit: float = 7.0,
     first_expert: int = 0,
+    foldable_scales: bool = False,
     residual: ArrayLike | None = None,
     out: Array | None = None,
 ) -> Array:
@@ -437,6 +438,8 @@ def mxfp4_moe(
     topk_weights : (T, k) float
     gate_up_blocks, gate_up_scales, gate_up_bias : (E, 2I, H/32, 16) uint8, (E, 2I, H/32) uint8, (E, 2I) float
     down_blocks, down_scales, down_bias : (E, H, I/32, 16) uint8, (E, H, I/32) uint8, (E, H) float
+    foldable_scales : bool
+        Taken for the sake of `mxmoe.ops`; no matter here.
     residual : (T, H) float, optional
 
     Returns
