@@ -60,13 +60,14 @@ constexpr PrepareFn kBf16 = {prepare_panel_bf16<float>, prepare_panel_bf16<bf16>
 template <CodeOrder kOrder>
 constexpr PrepareFn kI8 = {prepare_panel_i8<12, kOrder, float>, prepare_panel_i8<12, kOrder, bf16>};
 constexpr int kMetaFloats = sizeof(BlockMeta) / sizeof(float);
+constexpr int kRangeFloats = 1;  // a block, of which a row has one more: room for its range
 }  // namespace
 }  // namespace avx512x
 
 const MoeKernel mxfp4_moe_bf16_avx512x = {avx512x::kBf16,
                                           avx512x::kBf16,
                                           2,
-                                          1,
+                                          avx512x::kRangeFloats,
                                           avx512x::moe_gate_up<avx512x::PanelBf16Mxfp4>,
                                           avx512x::moe_down<avx512x::PanelBf16Mxfp4>};
 const MoeKernel mxfp4_moe_int8_avx512x = {
