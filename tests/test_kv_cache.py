@@ -129,8 +129,8 @@ def test_no_place_is_given_twice(seed):
         for kind, pool in cache._pools.items():
             for s, length in enumerate(cache.lengths):
                 first = 0 if kind == FULL else max(0, length - WINDOW + 1)
-                slots = pool.slots(s, np.arange(first, length))
-                assert [owner[kind][slot] for slot in slots.tolist()] == [(s, p) for p in range(first, length)]
+                slots = pool.slots(s, first, length)
+                assert [owner[kind][slot] for slot in slots] == [(s, p) for p in range(first, length)]
             taken = [block for s in range(4) for block in held(cache, kind, s)]
             assert len(set(taken)) == len(taken)
             assert sorted(taken + pool._free) == list(range(pool.num_blocks))

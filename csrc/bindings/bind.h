@@ -15,5 +15,6 @@ void bind_embedding(pybind11::module_& m);
 void bind_quantize(pybind11::module_& m);
 void bind_pack(pybind11::module_& m);
 void bind_ceilings(pybind11::module_& m);
+void bind_recording(pybind11::module_& m);
 
 }  // namespace mxmoe

@@ -1,4 +1,5 @@
 #include "bindings/bind.h"
+#include "bindings/recording.h"
 #include "bindings/tensor.h"
 #include "ops/embedding/embedding.h"
 
@@ -10,8 +11,7 @@ void bind_embedding(py::module_& m) {
       [](const py::object& token_ids, const py::object& weight, const py::object& out) {
         const TensorArg ids = required(token_ids, "token_ids"), w = required(weight, "weight");
         const TensorArg y = required(out, "out", true);
-        const py::gil_scoped_release unlocked;
-        embedding(ids, w, y);
+        run_op([=] { embedding(ids, w, y); });
       },
       py::arg("token_ids"), py::arg("weight"), py::arg("out"));
 }

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "bindings/bind.h"
+#include "bindings/recording.h"
 #include "bindings/tensor.h"
 #include "ops/linear/linear.h"
 
@@ -18,8 +19,7 @@ void bind_linear(py::module_& m) {
         const TensorArg s = to_tensor(scales, "scales"), b = to_tensor(bias, "bias");
         const TensorArg r = to_tensor(residual, "residual");
         const Activations rounding = parse_activations(activations);
-        const py::gil_scoped_release unlocked;
-        linear(a, {w, s, b}, rounding, r, y);
+        run_op([=] { linear(a, {w, s, b}, rounding, r, y); });
       },
       py::arg("x"), py::arg("weight"), py::arg("scales"), py::arg("bias"), py::arg("activations"),
       py::arg("residual"), py::arg("out"));
@@ -35,8 +35,7 @@ void bind_linear(py::module_& m) {
           weights.push_back({held.back()[0], held.back()[1], held.back()[2]});
         }
         const Activations rounding = parse_activations(activations);
-        const py::gil_scoped_release unlocked;
-        linear_group(a, weights, rounding, y);
+        run_op([=, held = std::move(held)] { linear_group(a, weights, rounding, y); });
       },
       py::arg("x"), py::arg("layers"), py::arg("activations"), py::arg("out"));
 }

@@ -1,4 +1,5 @@
 #include "bindings/bind.h"
+#include "bindings/recording.h"
 #include "bindings/tensor.h"
 #include "ops/mxfp4_moe/mxfp4_moe.h"
 
@@ -21,8 +22,7 @@ void bind_mxfp4_moe(py::module_& m) {
                         dbias = required(down_bias, "down_bias");
         const TensorArg r = to_tensor(residual, "residual"), y = required(out, "out", true);
         const MoeParams params{parse_activations(activations), swiglu_alpha, swiglu_limit, first_expert};
-        const py::gil_scoped_release unlocked;
-        mxfp4_moe(a, ids, shares, {gb, gs, gbias, db, ds, dbias}, params, r, y);
+        run_op([=] { mxfp4_moe(a, ids, shares, {gb, gs, gbias, db, ds, dbias}, params, r, y); });
       },
       py::arg("x"), py::arg("topk_ids"), py::arg("topk_weights"), py::arg("gate_up_blocks"),
       py::arg("gate_up_scales"), py::arg("gate_up_bias"), py::arg("down_blocks"), py::arg("down_scales"),

@@ -1,4 +1,5 @@
 #include "bindings/bind.h"
+#include "bindings/recording.h"
 #include "bindings/tensor.h"
 #include "ops/rmsnorm/rmsnorm.h"
 
@@ -9,8 +10,7 @@ void bind_rmsnorm(py::module_& m) {
       "rmsnorm",
       [](const py::object& x, const py::object& weight, float eps, const py::object& out) {
         const TensorArg a = required(x, "x"), w = required(weight, "weight"), y = required(out, "out", true);
-        const py::gil_scoped_release unlocked;
-        rmsnorm(a, w, eps, y);
+        run_op([=] { rmsnorm(a, w, eps, y); });
       },
       py::arg("x"), py::arg("weight"), py::arg("eps"), py::arg("out"));
 }

@@ -1,4 +1,5 @@
 #include "bindings/bind.h"
+#include "bindings/recording.h"
 #include "bindings/tensor.h"
 #include "core/check.h"
 #include "ops/rope/rope.h"
@@ -25,8 +26,7 @@ void bind_rope(py::module_& m) {
          const py::object& sin) {
         const TensorArg p = required(positions, "positions"), f = required(inv_freq, "inv_freq");
         const TensorArg c = required(cos, "cos", true), s = required(sin, "sin", true);
-        const py::gil_scoped_release unlocked;
-        rope_cos_sin(p, f, scaling, c, s);
+        run_op([=] { rope_cos_sin(p, f, scaling, c, s); });
       },
       py::arg("positions"), py::arg("inv_freq"), py::arg("scaling"), py::arg("cos"), py::arg("sin"));
   m.def(
@@ -34,8 +34,7 @@ void bind_rope(py::module_& m) {
       [](const py::object& x, const py::object& cos, const py::object& sin, const py::object& out) {
         const TensorArg a = required(x, "x"), c = required(cos, "cos"), s = required(sin, "sin");
         const TensorArg y = required(out, "out", true);
-        const py::gil_scoped_release unlocked;
-        rope(a, c, s, y);
+        run_op([=] { rope(a, c, s, y); });
       },
       py::arg("x"), py::arg("cos"), py::arg("sin"), py::arg("out"));
 }

@@ -1,4 +1,5 @@
 #include "bindings/bind.h"
+#include "bindings/recording.h"
 #include "bindings/tensor.h"
 #include "ops/kv_cache/kv_cache.h"
 #include "ops/sink_attention/sink_attention.h"
@@ -13,8 +14,7 @@ void bind_sink_attention(py::module_& m) {
         const TensorArg a = required(k, "k"), b = required(v, "v"), at = required(slots, "slots");
         const TensorArg kc = required(k_cache, "k_cache", true), vc = required(v_cache, "v_cache", true);
         const TensorArg ks = output(k_scales, "k_scales"), vs = output(v_scales, "v_scales");
-        const py::gil_scoped_release unlocked;
-        kv_cache_write(a, b, at, {kc, vc, ks, vs});
+        run_op([=] { kv_cache_write(a, b, at, {kc, vc, ks, vs}); });
       },
       py::arg("k"), py::arg("v"), py::arg("k_cache"), py::arg("v_cache"), py::arg("slots"), py::arg("k_scales"),
       py::arg("v_scales"));
@@ -32,9 +32,10 @@ void bind_sink_attention(py::module_& m) {
         const TensorArg ks = input(k_scales, "k_scales"), vs = input(v_scales, "v_scales");
         const TensorArg share = output(sink_share, "sink_share"), y = required(out, "out", true);
         const Activations rounding = parse_activations(activations);
-        const py::gil_scoped_release unlocked;
-        sink_attention(a, {kc, vc, ks, vs}, s, {cu, lens, table, starts}, sm_scale, sliding_window, rounding, share,
-                       y);
+        run_op([=] {
+          sink_attention(a, {kc, vc, ks, vs}, s, {cu, lens, table, starts}, sm_scale, sliding_window, rounding, share,
+                         y);
+        });
       },
       py::arg("q"), py::arg("k_cache"), py::arg("v_cache"), py::arg("sinks"), py::arg("block_table"),
       py::arg("cu_seqlens"), py::arg("seq_lens"), py::arg("key_starts"), py::arg("sm_scale"),

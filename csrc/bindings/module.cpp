@@ -67,4 +67,5 @@ PYBIND11_MODULE(_core, m) {
   mxmoe::bind_quantize(m);
   mxmoe::bind_pack(m);
   mxmoe::bind_ceilings(m);
+  mxmoe::bind_recording(m);
 }

@@ -13,7 +13,6 @@ from typing import Any, Literal
 
 import ml_dtypes
 import numpy as np
-from numpy.typing import NDArray
 
 from mxmoe.config import ModelConfig
 from mxmoe.devices import HOST, Device
@@ -73,6 +72,7 @@ class _Pool:
         self.num_blocks = num_sequences * blocks_per_sequence
         self.block_size = block_size
         self.table = np.full((num_sequences, max_blocks), -1, np.int32)
+        self._first = [0] * num_sequences  # block of each sequence that may be held
         # Taken from the end: what was given back last is still warm.
         self._free = list(range(self.num_blocks))[::-1]
 
@@ -84,15 +84,27 @@ class _Pool:
 
     def release(self, sequence: int, below: int) -> None:
         """Take back the blocks of a sequence that hold only positions under `below`."""
-        row = self.table[sequence, : below // self.block_size]
-        held = row[row >= 0]
-        if held.size:
-            self._free.extend(int(block) for block in held)
-            row[row >= 0] = -1
+        begin, end = self._first[sequence], below // self.block_size
+        if end <= begin:
+            return
+        row = self.table[sequence, begin:end]
+        self._free.extend(int(block) for block in row[row >= 0])
+        row[:] = -1
+        self._first[sequence] = end
 
-    def slots(self, sequence: int, positions: NDArray[np.int64]) -> NDArray[np.int64]:
-        blocks: NDArray[np.int64] = self.table[sequence, positions // self.block_size].astype(np.int64)
-        return blocks * self.block_size + positions % self.block_size
+    def clear(self, sequence: int) -> None:
+        """Take back all blocks of a sequence."""
+        self.release(sequence, self.table.shape[1] * self.block_size)
+        self._first[sequence] = 0
+
+    def slots(self, sequence: int, begin: int, end: int) -> list[int]:
+        """Where the positions from `begin` to `end` of a sequence go."""
+        if end == begin + 1:  # a decoding step, in which NumPy would take longer
+            return [int(self.table[sequence, begin // self.block_size]) * self.block_size + begin % self.block_size]
+        positions = np.arange(begin, end)
+        blocks = self.table[sequence, positions // self.block_size].astype(np.int64)
+        slots: list[int] = (blocks * self.block_size + positions % self.block_size).tolist()
+        return slots
 
 
 class KVCache:
@@ -228,12 +240,12 @@ class KVCache:
         self.changes += 1
         pages: dict[str, Pages] = {}
         for kind, pool in self._pools.items():
-            slots = []
+            slots: list[int] = []
             for sequence, count in zip(sequences, new_tokens, strict=True):
                 begin = self._lengths[sequence]
                 pool.extend(sequence, begin, begin + count)
-                slots.append(pool.slots(sequence, np.arange(begin, begin + count)))
-            pages[kind] = Pages(np.concatenate(slots), pool.table[list(sequences)])
+                slots += pool.slots(sequence, begin, begin + count)
+            pages[kind] = Pages(np.array(slots, np.int64), pool.table[list(sequences)])
         return pages
 
     def commit(self, sequences: Sequence[int], new_tokens: Sequence[int]) -> None:
@@ -250,5 +262,5 @@ class KVCache:
         self.check_room(sequence, 0)
         self.changes += 1
         for pool in self._pools.values():
-            pool.release(sequence, pool.table.shape[1] * self.block_size)
+            pool.clear(sequence)
         self._lengths[sequence] = 0

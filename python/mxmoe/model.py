@@ -12,12 +12,14 @@ from weakref import WeakKeyDictionary
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from mxmoe import ops as kernels
 from mxmoe.config import ModelConfig
 from mxmoe.decoding import Decoder, draw
 from mxmoe.devices import HOST, Device, Gpu
 from mxmoe.inspection import Hook, HookFunction, Taps, check_pattern, site_names
 from mxmoe.kv_cache import KVCache, KVDtype, Pages
 from mxmoe.layers import DecoderLayer, Embedding, Experts, Linear, RMSNorm, Step, Tap
+from mxmoe.replay import Replay
 from mxmoe.sampling import Sampler
 from mxmoe.tokenizer import Tokenizer
 
@@ -25,6 +27,7 @@ __all__ = ["LoadOptions", "Transformer"]
 
 Array = NDArray[Any]
 Logits = Literal["all", "last", "none"]
+_FEW = 16  # numbers that Python goes through faster than NumPy
 _T = TypeVar("_T")
 
 
@@ -46,7 +49,7 @@ class _Run:
     """New tokens, where each sequence's begin, which sequences of the cache they are, and the cache."""
 
     ids: NDArray[np.int64]
-    bounds: NDArray[np.int64]
+    bounds: list[int]
     sequences: list[int]
     cache: KVCache
 
@@ -86,9 +89,10 @@ class Transformer:
         self.config, self.path, self.options, self.tokenizer = config, path, options, tokenizer
         self.embed_tokens, self.layers, self.norm, self.lm_head = embed_tokens, layers, norm, lm_head
         self._device = device
-        self._rope = device.host_ops.rope_inv_freq(config.head_dim, **vars(config.rope))
+        self.rope: tuple[Array, float] = device.host_ops.rope_inv_freq(config.head_dim, **vars(config.rope))
         self._hooks: list[Hook] = []
         self._decoders: WeakKeyDictionary[KVCache, Decoder] = WeakKeyDictionary()
+        self._replays: WeakKeyDictionary[KVCache, Replay] = WeakKeyDictionary()
 
     def __repr__(self) -> str:
         c, o = self.config, self.options
@@ -343,7 +347,7 @@ class Transformer:
         """Raise TypeError or ValueError unless `cache` is a cache of this model's configuration."""
         if not isinstance(cache, KVCache):
             raise TypeError(f"cache is of type {type(cache).__name__}; wanted a KVCache, as new_cache makes it")
-        if cache.config != self.config:
+        if cache.config is not self.config and cache.config != self.config:
             raise ValueError("cache was made for a model of another configuration; wanted one of this model's own")
         if cache.device.name != self._device.name:
             raise ValueError(
@@ -360,13 +364,13 @@ class Transformer:
         """Check what `forward` was given, and fill in the defaults."""
         ids = check_token_ids(token_ids, self.config.vocab_size)
         bounds = _check_bounds(cu_seqlens, ids.size)
-        counts = np.diff(bounds)
+        counts = [end - begin for begin, end in itertools.pairwise(bounds)]
         if cache is None:
-            cache = self.new_cache(max(1, int(counts.max())), num_sequences=len(counts))
+            cache = self.new_cache(max(counts), num_sequences=len(counts))
         self.check_cache(cache)
         which = _check_sequences(sequences, len(counts))
         for sequence, count in zip(which, counts, strict=True):
-            cache.check_room(sequence, int(count))
+            cache.check_room(sequence, count)
         return _Run(ids, bounds, which, cache)
 
     def _run(self, run: _Run, taps: Taps, logits: Logits, take: Callable[[Array], _T]) -> list[_T]:
@@ -377,15 +381,17 @@ class Transformer:
             for begin in range(0, ids.size, cache.step_tokens):
                 end = min(begin + cache.step_tokens, ids.size)
                 # The part of every sequence that falls into this step.
-                cut = np.clip(bounds, begin, end) - begin
-                present = [i for i in range(len(run.sequences)) if cut[i + 1] > cut[i]]
-                numbers = [run.sequences[i] for i in present]
-                x = self._step(ids[begin:end], cache, numbers, np.diff(cut)[present], taps)
+                cut = [min(max(bound, begin), end) for bound in bounds]
+                counts = [after - before for before, after in itertools.pairwise(cut)]
+                numbers = [sequence for sequence, count in zip(run.sequences, counts, strict=True) if count]
+                x = self._step(ids[begin:end], cache, numbers, [count for count in counts if count], taps)
                 wanted = _wanted_rows(logits, bounds, begin, end)
-                taps.positions, taps.sequences = taps.positions[wanted], taps.sequences[wanted]
-                if wanted.size:
-                    if len(wanted) < len(x):
-                        x = self._device.ops.embedding(self._device.put(wanted), x)  # those rows
+                if len(wanted) < len(x):
+                    rows = np.array(wanted, np.int64)
+                    taps.positions, taps.sequences = taps.positions[rows], taps.sequences[rows]
+                    if wanted:
+                        x = self._device.ops.embedding(self._device.put(rows), x)  # those rows
+                if wanted:
                     taken.append(take(self.head(x, taps)))
         return taken
 
@@ -397,32 +403,45 @@ class Transformer:
         decoder = self._decoders.get(run.cache)
         if decoder is None:
             positions = np.arange(run.cache.max_tokens, dtype=np.int64)
-            decoder = Decoder(run.cache, self._device.host_ops.rope_cos_sin(positions, *self._rope))
+            decoder = Decoder(run.cache, self._device.host_ops.rope_cos_sin(positions, *self.rope))
             self._decoders[run.cache] = decoder
         return decoder
 
     def _no_logits(self) -> Array:
         return np.zeros((0, self.config.vocab_size), np.float32)
 
-    def _step(self, ids: Array, cache: KVCache, sequences: list[int], counts: Array, taps: Taps) -> Array:
+    def _step(self, ids: Array, cache: KVCache, sequences: list[int], counts: list[int], taps: Taps) -> Array:
         """Run up to step_tokens new tokens through all layers; (T,) -> residual stream (T, H)."""
-        lengths = np.array([cache.lengths[s] for s in sequences], np.int64)
-        pages = cache.reserve(sequences, [int(n) for n in counts])
+        held = cache.lengths
+        lengths = np.array([held[s] for s in sequences], np.int64)
+        pages = cache.reserve(sequences, counts)
+        if taps.idle and len(ids) == len(sequences) and self._device.ops is kernels:
+            residual = self._replay(cache).run(self, cache, ids, lengths, pages)
+            if residual is not None:
+                cache.commit(sequences, counts)
+                taps.positions, taps.sequences = lengths, np.array(sequences, np.int64)
+                return residual
         positions = np.concatenate(
             [np.arange(n, n + new, dtype=np.int64) for n, new in zip(lengths, counts, strict=True)]
         )
         taps.positions, taps.sequences = positions, np.repeat(np.array(sequences, np.int64), counts)
         cu_seqlens = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
         put, seq_lens = self._device.put, (lengths + counts).astype(np.int32)
-        cos, sin = map(put, self._device.host_ops.rope_cos_sin(positions, *self._rope))
+        cos, sin = map(put, self._device.host_ops.rope_cos_sin(positions, *self.rope))
         num_blocks = -(-int(seq_lens.max()) // cache.block_size)  # what lies past them would be looked through
         places = {
             kind: Pages(put(at.slots), put(np.ascontiguousarray(at.block_table[:, :num_blocks])))
             for kind, at in pages.items()
         }
         x = self.body(put(ids), Step(cos, sin, put(cu_seqlens), put(seq_lens), places, cache, taps, self._device))
-        cache.commit(sequences, [int(n) for n in counts])
+        cache.commit(sequences, counts)
         return x
+
+    def _replay(self, cache: KVCache) -> Replay:
+        replay = self._replays.get(cache)
+        if replay is None:
+            replay = self._replays[cache] = Replay()
+        return replay
 
     def body(self, ids: Array, step: Step) -> Array:
         """(T,) -> residual stream (T, H)."""
@@ -454,31 +473,35 @@ def _integers(name: str, values: ArrayLike) -> Array:
 def check_token_ids(token_ids: ArrayLike, vocab_size: int) -> NDArray[np.int64]:
     """Convert to int64 what is a non-empty vector of ids below `vocab_size`; ValueError for everything else."""
     ids = _integers("token_ids", token_ids)
-    if ids.min() < 0 or ids.max() >= vocab_size:
+    few = ids.tolist() if ids.size <= _FEW else [ids.min(), ids.max()]
+    if min(few) < 0 or max(few) >= vocab_size:
         bad = ids[(ids < 0) | (ids >= vocab_size)][0]
         raise ValueError(f"token_ids holds {bad}; wanted 0 to {vocab_size - 1}")
     return ids.astype(np.int64)
 
 
-def _check_bounds(cu_seqlens: Sequence[int] | None, num_tokens: int) -> NDArray[np.int64]:
-    bounds = _integers("cu_seqlens", [0, num_tokens] if cu_seqlens is None else cu_seqlens)
-    if bounds.size < 2 or bounds[0] != 0 or bounds[-1] != num_tokens:
-        raise ValueError(f"cu_seqlens is {bounds.tolist()}; wanted it to run from 0 to {num_tokens}")
-    if (bounds[1:] <= bounds[:-1]).any():
-        raise ValueError(f"cu_seqlens is {bounds.tolist()}; wanted at least one token for every sequence")
-    return bounds.astype(np.int64)
+def _check_bounds(cu_seqlens: Sequence[int] | None, num_tokens: int) -> list[int]:
+    if cu_seqlens is None:
+        return [0, num_tokens]
+    bounds: list[int] = _integers("cu_seqlens", cu_seqlens).tolist()
+    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != num_tokens:
+        raise ValueError(f"cu_seqlens is {bounds}; wanted it to run from 0 to {num_tokens}")
+    if any(end <= begin for begin, end in itertools.pairwise(bounds)):
+        raise ValueError(f"cu_seqlens is {bounds}; wanted at least one token for every sequence")
+    return bounds
 
 
 def _check_sequences(sequences: Sequence[int] | None, count: int) -> list[int]:
-    which: list[int] = _integers("sequences", range(count) if sequences is None else sequences).tolist()
+    if sequences is None:
+        return list(range(count))
+    which: list[int] = _integers("sequences", sequences).tolist()
     if len(which) != count or len(set(which)) != count:
         raise ValueError(f"sequences is {which}; wanted {count} different numbers, as many as cu_seqlens has")
     return which
 
 
-def _wanted_rows(logits: Logits, bounds: Array, begin: int, end: int) -> NDArray[np.int64]:
+def _wanted_rows(logits: Logits, bounds: list[int], begin: int, end: int) -> list[int]:
     """Rows of the step from `begin` to `end` whose logits are wanted."""
     if logits == "all":
-        return np.arange(end - begin)
-    last = bounds[1:] - 1
-    return last[(last >= begin) & (last < end)] - begin if logits == "last" else np.zeros(0, np.int64)
+        return list(range(end - begin))
+    return [bound - 1 - begin for bound in bounds[1:] if begin < bound <= end] if logits == "last" else []
