@@ -28,14 +28,13 @@ Array = NDArray[Any]
 # A recording keeps what lies between its ops: 2.4 MB a sequence at gpt-oss-20b's sizes.
 _MOST_SEQUENCES = 16
 
-_OPS = ("embedding", "expert_routing", "kv_cache_write", "linear", "linear_group", "mxfp4_moe", "rmsnorm", "rope")
 _PARTS = (Attention, DecoderLayer, Embedding, Experts, Linear, LowRank, MoE, RMSNorm)
 
 
 def _code() -> tuple[Callable[..., Any], ...]:
     """Return what layers call, which somebody may have put something else in the place of."""
-    functions = [getattr(ops, name) for name in (*_OPS, "sink_attention", "rope_cos_sin")]
-    return (*functions, *(part.__call__ for part in _PARTS))
+    names = vars(ops)
+    return (*(names[name] for name in ops.__all__), *(part.__call__ for part in _PARTS))
 
 
 _OWN_CODE = _code()
