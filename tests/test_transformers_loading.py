@@ -20,6 +20,7 @@ import mxmoe
 from mxmoe import harmony
 from mxmoe.chat import reply
 from mxmoe.integrations import _transformers
+from mxmoe.integrations._transformers.modules import RMSNorm
 from mxmoe.integrations._transformers.quantizer import MxmoeQuantizer
 from transformers_backend import (
     CONFIGS,
@@ -124,7 +125,8 @@ def test_dense_layers_of_bfloat16_models(first: Case) -> None:
     ids = first.ids(2, 30)
     ours, theirs = (load_mxmoe(first.path, dtype=torch.bfloat16, dense=dense) for dense in (None, "torch"))
     assert sum(isinstance(m, backend.Linear) for m in ours.modules()) == 4 * first.config.num_hidden_layers + 1
-    assert not any(isinstance(m, backend.Linear) for m in theirs.modules())
+    assert sum(isinstance(m, RMSNorm) for m in ours.modules()) == 2 * first.config.num_hidden_layers + 1
+    assert not any(isinstance(m, backend.Linear | RMSNorm) for m in theirs.modules())
     assert_same_tensors(ours.state_dict(), theirs.state_dict())
     with torch.no_grad():
         want = first.eager(torch.float64)(ids).logits

@@ -72,6 +72,8 @@ class Transformer:
         can be looked at and, assigned anew, replaced.
     norm : RMSNorm
     lm_head : Linear
+    rope : tuple of ndarray and float
+        Rotary frequencies (head_dim / 2,) float64 and their scaling, as `mxmoe.ops.rope_inv_freq` gives them.
     """
 
     def __init__(

@@ -7,12 +7,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import torch
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 
-from mxmoe.integrations.torch import linear, mxfp4_moe
+from mxmoe.integrations.torch import linear, mxfp4_moe, rmsnorm
 from mxmoe.ops import Activations
 from mxmoe.packing import can_pack, pack_linear, pack_mxfp4, prefers_packed, unpack_linear, unpack_mxfp4
 
-__all__ = ["MATRICES", "Linear", "Mxfp4Experts", "Panels"]
+__all__ = ["MATRICES", "Linear", "Mxfp4Experts", "Panels", "RMSNorm"]
 
 MATRICES = ("gate_up_proj", "down_proj")
 
@@ -108,6 +109,15 @@ class Linear(Panels, torch.nn.Linear):
         self.pack_if_wanted()
         y = linear(x.reshape(-1, self.in_features), self.weight, self.bias)
         return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+
+
+class RMSNorm(GptOssRMSNorm):
+    """transformers' norm as one op: the same arithmetic, in float32 and rounded once."""
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """(..., hidden_size) -> (..., hidden_size), dtype of `hidden_states`."""
+        rows = hidden_states.reshape(-1, hidden_states.shape[-1])
+        return rmsnorm(rows, self.weight, self.variance_epsilon).reshape(hidden_states.shape)
 
 
 class Mxfp4Experts(Panels):

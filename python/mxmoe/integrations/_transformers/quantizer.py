@@ -8,11 +8,12 @@ import mmap
 from typing import Any, Literal
 
 import torch
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from mxmoe.integrations._transformers.modules import MATRICES, Linear, Mxfp4Experts, Panels
+from mxmoe.integrations._transformers.modules import MATRICES, Linear, Mxfp4Experts, Panels, RMSNorm
 from mxmoe.integrations._transformers.threads import rest_while_decoding
 from mxmoe.ops import Activations
 
@@ -34,10 +35,10 @@ class MxmoeConfig(QuantizationConfigMixin):
         What activations are rounded to before they meet an expert's weight (see `mxmoe.ops.mxfp4_moe`). By default
         as the rest of the model: "float32" for ``dtype=torch.float32``, else "bf16".
     dense : {"mxmoe", "torch"}, optional
-        Who multiplies by the attention's projections and by lm_head. "mxmoe", the default for
-        ``dtype=torch.bfloat16``, is much the faster on one token, sums in float32, and freezes their weights (biases,
-        and adapters beside them, can be trained). "torch", the default for all else, leaves transformers' layers as
-        they are.
+        Who multiplies by the attention's projections and by lm_head, and computes the norms. "mxmoe", the default
+        for ``dtype=torch.bfloat16``, is much the faster on one token, sums in float32, and freezes the weights it
+        multiplies by (biases, norms, and adapters beside them, can be trained). "torch", the default for all else,
+        leaves transformers' layers as they are.
     **stored
         What the checkpoint's own ``quantization_config`` says beside its method; kept for saving.
 
@@ -134,16 +135,22 @@ class MxmoeQuantizer(HfQuantizer):
         with torch.device("meta"):
             for name in found:
                 model.set_submodule(name, Mxfp4Experts(config, activations))
-            for name, module in self._dense(model, dtype):
-                model.set_submodule(name, Linear(module.in_features, module.out_features, module.bias is not None))
+            if self._runs_dense(dtype):
+                for name, old in self._dense(model):
+                    model.set_submodule(name, Linear(old.in_features, old.out_features, old.bias is not None))
+                for name, module in list(model.named_modules()):
+                    if type(module) is GptOssRMSNorm:
+                        model.set_submodule(name, RMSNorm(module.weight.shape[0], eps=module.variance_epsilon))
 
-    def _dense(self, model: Any, dtype: torch.dtype) -> list[tuple[str, torch.nn.Linear]]:
-        """Find the dense layers that the kernels are to run."""
+    def _runs_dense(self, dtype: torch.dtype) -> bool:
+        """Whether the kernels run what is neither attention nor experts."""
         dense = self.quantization_config.dense
         if dense == "mxmoe" and dtype != torch.bfloat16:
             raise ValueError(f"dense is 'mxmoe' with dtype {dtype}; wanted torch.bfloat16, or dense='torch'")
-        if dense == "torch" or dtype != torch.bfloat16:
-            return []
+        return dense != "torch" and dtype == torch.bfloat16
+
+    def _dense(self, model: Any) -> list[tuple[str, torch.nn.Linear]]:
+        """Find the dense layers that the kernels are to run."""
         head = None if model.config.get_text_config().tie_word_embeddings else model.get_output_embeddings()
         named = [(name, module) for name, module in model.named_modules() if type(module) is torch.nn.Linear]
         return [(name, module) for name, module in named if module is head or ".self_attn." in name]
