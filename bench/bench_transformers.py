@@ -3,7 +3,7 @@
 The peers are transformers' eager attention, the only one it has for gpt-oss on a CPU, with each of its ways to run
 experts on decoded weights, and `mxmoe.load` without transformers. Decoding goes on from 512 tokens, whose cache grows
 as it is timed. `batched_mm` copies the weights of every token's experts, so it is not asked for prompts. "int8" is
-the backend with ``MxmoeConfig(activations="int8")`` beside the same peer.
+the backend with ``MxmoeConfig(activations="int8", dense="int8")`` beside the same peer.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from shapes import PHASES, Shape
 VOCABULARY = 4096
 DEPTH = 512
 SHAPES = [
-    Shape("20b", phase, peer, full=peer == "eager")
+    Shape("20b", phase, peer, full=peer.startswith("eager"))
     for phase, peers in (
-        ("prefill 2048", ("grouped_mm", "grouped_mm, int8", "eager", "native")),
-        ("decode", ("grouped_mm", "batched_mm", "eager", "native")),
+        ("prefill 2048", ("grouped_mm", "grouped_mm, int8", "eager", "eager, int8", "native")),
+        ("decode", ("grouped_mm", "grouped_mm, int8", "batched_mm", "eager", "eager, int8", "native")),
     )
     for peer in peers
 ]
@@ -47,17 +47,18 @@ class Models:
         backend.register()
         self.folder, self.config = folder, config
         self.ids = torch.from_numpy(np.random.default_rng(0).integers(0, VOCABULARY, (1, 2048)))
-        self._ours: dict[Any, Any] = {}
+        self._ours: dict[bool, Any] = {}
         self._decoded: Any = None
 
     def _load(self, quantization: Any, attention: str) -> Any:
         options = {"quantization_config": quantization, "attn_implementation": attention, "dtype": torch.bfloat16}
         return transformers.AutoModelForCausalLM.from_pretrained(self.folder, **options)
 
-    def ours(self, activations: Any) -> Any:
-        if activations not in self._ours:
-            self._ours[activations] = self._load(backend.MxmoeConfig(activations), "mxmoe")
-        return self._ours[activations]
+    def ours(self, rounded: bool) -> Any:
+        if rounded not in self._ours:
+            how = backend.MxmoeConfig("int8", "int8") if rounded else backend.MxmoeConfig()
+            self._ours[rounded] = self._load(how, "mxmoe")
+        return self._ours[rounded]
 
     def decoded(self, experts: str) -> Any:
         if self._decoded is None:
@@ -106,15 +107,16 @@ def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
         path.unlink()
 
 
-def costs(config: ModelConfig, tokens: int) -> tuple[float, float]:
-    """Bytes of the weights that are read, and operations in them, attention left out."""
+def costs(config: ModelConfig, tokens: int, rounded: bool) -> tuple[float, float]:
+    """Bytes of the weights that are read, dense ones bfloat16 or int8, and operations in them, attention left out."""
     c, matrix = config, config.hidden_size * config.intermediate_size * 3
     heads = 2 * c.num_attention_heads + 2 * c.num_key_value_heads
-    dense = c.num_hidden_layers * c.hidden_size * (heads * c.head_dim + c.num_experts)
+    router = c.num_hidden_layers * c.hidden_size * c.num_experts
+    dense = c.num_hidden_layers * c.hidden_size * heads * c.head_dim
     head = c.hidden_size * c.vocab_size
     used = min(c.num_experts, tokens * c.experts_per_token)
-    nbytes = 2 * (dense + head) + c.num_hidden_layers * used * matrix * 17 / 32
-    return nbytes, 2.0 * (tokens * (dense + c.num_hidden_layers * c.experts_per_token * matrix) + head)
+    nbytes = 2 * router + (34 / 32 if rounded else 2) * (dense + head) + c.num_hidden_layers * used * matrix * 17 / 32
+    return nbytes, 2.0 * (tokens * (router + dense + c.num_hidden_layers * c.experts_per_token * matrix) + head)
 
 
 def as_float(logits: Any) -> Any:
@@ -130,11 +132,11 @@ def check(ours: Call, peer: Call) -> None:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def bench_transformers(shape: Shape, models: Models, bench: Callable[[Work], object]) -> None:
-    decode, (peer, _, activations) = shape.phase == "decode", shape.what.partition(", ")
-    ours = models.of_torch(models.ours(activations or None), decode)
+    decode, (peer, _, form) = shape.phase == "decode", shape.what.partition(", ")
+    ours = models.of_torch(models.ours(form == "int8"), decode)
     theirs = models.native(decode) if peer == "native" else models.of_torch(models.decoded(peer), decode)
     name = "mxmoe alone" if peer == "native" else f"transformers, {peer}"
-    nbytes, operations = costs(models.config, PHASES[shape.phase])
+    nbytes, operations = costs(models.config, PHASES[shape.phase], form == "int8")
     peers = Peer(name, [theirs])
-    kind: Literal["bf16", "int8"] = "int8" if activations == "int8" else "bf16"
+    kind: Literal["bf16", "int8"] = "int8" if form == "int8" else "bf16"
     bench(Work("transformers", str(shape), [ours], nbytes, operations, kind, lambda: check(ours, theirs), peers))

@@ -173,6 +173,22 @@ def test_attention_s_adapters_merge_into_packed_layers(safe: bool) -> None:
         assert torch.equal(merged[1][name], want), name
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_adapters_beside_layers_rounded_to_int8(tmp_path: Path, dtype: Any) -> None:
+    ids = torch.arange(20)[None]
+    config = lora(target_modules=["q_proj", "o_proj"], target_parameters=None)
+    model = randomized(load_mxmoe(TINY, dtype=dtype, dense="int8"), config)
+    model(input_ids=ids, labels=ids).loss.backward()
+    grads = [p.grad for name, p in model.named_parameters() if "lora_" in name]
+    assert grads and all(grad is not None and bool(torch.isfinite(grad).all()) for grad in grads)
+    want = logits_of(model.eval(), ids)
+    with pytest.raises(ValueError, match="cannot be merged into weights rounded to int8"):
+        model.merge_and_unload()
+    model.save_pretrained(tmp_path)
+    again = reloaded(load_mxmoe(TINY, dtype=dtype, dense="int8"), tmp_path)
+    assert_exact(logits_of(again, ids), want)
+
+
 def test_merging_can_be_taken_back() -> None:
     model = randomized(
         load_mxmoe(TINY, dtype=torch.bfloat16), lora(target_modules=["k_proj"], target_parameters=None)

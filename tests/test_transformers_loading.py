@@ -17,10 +17,10 @@ from safetensors.torch import load_file, save_file
 
 import checkpoints
 import mxmoe
-from mxmoe import harmony
+from mxmoe import harmony, ops
 from mxmoe.chat import reply
 from mxmoe.integrations import _transformers
-from mxmoe.integrations._transformers.modules import RMSNorm
+from mxmoe.integrations._transformers.modules import Int8Linear, RMSNorm
 from mxmoe.integrations._transformers.quantizer import MxmoeQuantizer
 from transformers_backend import (
     CONFIGS,
@@ -138,6 +138,44 @@ def test_dense_layers_of_bfloat16_models(first: Case) -> None:
         assert parameter.requires_grad != frozen and (parameter.grad is None) == frozen, name
     with pytest.raises(ValueError, match=r"dense is 'mxmoe' with dtype torch\.float32; wanted torch\.bfloat16"):
         load_mxmoe(first.path, dense="mxmoe")
+
+
+@pytest.mark.parametrize(("dtype", "activations"), [("bfloat16", None), ("bfloat16", "int8"), ("float32", None)])
+def test_dense_layers_rounded_to_int8(first: Case, dtype: str, activations: Any, tmp_path: Path) -> None:
+    """As `mxmoe.ops` rounds and multiplies, in every layer; what is left of the model is as without."""
+    kind, ids = getattr(torch, dtype), first.ids(2, 30)
+    ours, theirs = (
+        load_mxmoe(first.path, dtype=kind, dense=dense, activations=activations) for dense in ("int8", "torch")
+    )
+    found = {name: module for name, module in ours.named_modules() if isinstance(module, Int8Linear)}
+    assert len(found) == 4 * first.config.num_hidden_layers + 1
+    stored = theirs.state_dict()
+    for name, module in found.items():
+        weight, bias = (stored.get(f"{name}.{part}") for part in ("weight", "bias"))
+        codes, scales = ops.int8_quantize(weight)
+        x = torch.randn(3, 2, module.in_features, dtype=kind)
+        how = activations or ("float32" if kind == torch.float32 else "bf16")
+        want = ops.linear(x.reshape(6, -1), codes, bias, scales=scales, activations=how)
+        with torch.no_grad():
+            assert torch.equal(module(x), want.to(kind).reshape(3, 2, -1)), name
+        assert not module.weight.requires_grad
+    with torch.no_grad():
+        want = first.eager(torch.float64)(ids).logits
+        errors = [((m(ids).logits.double() - want).abs().amax(-1) / want.std(-1)).median() for m in (ours, theirs)]
+    assert 0 < errors[0] <= 0.08, errors
+    ours.train()(ids, labels=ids).loss.backward()
+    for name, parameter in ours.named_parameters():
+        frozen = name.endswith(("blocks", "scales", "_proj.weight", "lm_head.weight"))
+        assert (parameter.grad is None) == frozen, name
+    with pytest.raises(ValueError, match="not serializable"):
+        ours.save_pretrained(tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_rounding_to_int8_wants_whole_blocks(tmp_path: Path) -> None:
+    odd = Case(tmp_path / "odd", "three layers, eight experts, odd heads", 3)
+    with pytest.raises(ValueError, match="in_features is 80; wanted a multiple of 32"):
+        load_mxmoe(odd.path, dense="int8")
 
 
 def test_torch_rests_while_decoding(first: Case) -> None:
@@ -263,8 +301,8 @@ def test_automatic_device_maps_are_taken_where_there_is_only_the_cpu(
 def test_options_are_checked() -> None:
     with pytest.raises(ValueError, match="activations is 'fp8'; wanted None or one of 'float32', 'bf16', 'int8'"):
         backend.MxmoeConfig("fp8")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="dense is 'int8'; wanted None or one of 'mxmoe', 'torch'"):
-        backend.MxmoeConfig(dense="int8")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="dense is 'int4'; wanted None or one of 'mxmoe', 'int8', 'torch'"):
+        backend.MxmoeConfig(dense="int4")  # type: ignore[arg-type]
 
 
 def test_other_quantization_configs_go_their_way(first: Case) -> None:

@@ -10,10 +10,10 @@ import torch
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 
 from mxmoe.integrations.torch import linear, mxfp4_moe, rmsnorm
-from mxmoe.ops import Activations
+from mxmoe.ops import Activations, int8_quantize
 from mxmoe.packing import can_pack, pack_linear, pack_mxfp4, prefers_packed, unpack_linear, unpack_mxfp4
 
-__all__ = ["MATRICES", "Linear", "Mxfp4Experts", "Panels", "RMSNorm"]
+__all__ = ["MATRICES", "Int8Linear", "Linear", "Mxfp4Experts", "Panels", "RMSNorm"]
 
 MATRICES = ("gate_up_proj", "down_proj")
 
@@ -108,6 +108,50 @@ class Linear(Panels, torch.nn.Linear):
         """(..., in_features) -> (..., out_features), dtype of `x`."""
         self.pack_if_wanted()
         y = linear(x.reshape(-1, self.in_features), self.weight, self.bias)
+        return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
+
+
+class Int8Linear(torch.nn.Linear):
+    """A dense layer on `mxmoe.ops.linear` whose weight has been rounded to int8, and is frozen.
+
+    Parameters
+    ----------
+    in_features, out_features : int
+        `in_features` is a multiple of 32.
+    bias : bool
+    activations : {"float32", "bf16", "int8"}
+        See `mxmoe.ops.linear`.
+
+    Attributes
+    ----------
+    weight : (out_features, in_features)
+        What is loaded into it, until `round` is called; then int8 or, by panels, uint8 (see `mxmoe.packing`).
+    weight_scales : (out_features, in_features / 32) bfloat16, or by panels
+        From `round` on.
+    bias : (out_features,) or None
+    """
+
+    weight_scales: torch.Tensor
+
+    def __init__(self, in_features: int, out_features: int, bias: bool, activations: Activations) -> None:
+        if in_features % 32:
+            raise ValueError(f"in_features is {in_features}; wanted a multiple of 32, the block of an int8 scale")
+        super().__init__(in_features, out_features, bias)
+        self.activations = activations
+
+    def round(self) -> None:
+        """Replace the weight by integers and their scales, in the form that the kernels in force read fastest."""
+        held = self.weight.detach()
+        codes, scales = int8_quantize(_bfloat16(held) if held.dtype == torch.bfloat16 else held.float().numpy())
+        if can_pack(self.out_features, self.in_features) and prefers_packed(self.activations, "int8"):
+            codes, scales = pack_linear(codes, scales)
+        self.weight = torch.nn.Parameter(torch.from_numpy(codes), requires_grad=False)
+        self.register_buffer("weight_scales", _tensor(scales))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(..., in_features) -> (..., out_features), dtype of `x`."""
+        rows, scales = x.reshape(-1, self.in_features), self.weight_scales
+        y = linear(rows, self.weight, self.bias, scales=scales, activations=self.activations)
         return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
 
 
