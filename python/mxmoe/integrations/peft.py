@@ -95,7 +95,8 @@ class Int8Lora(LoraLinear):  # type: ignore[misc]
 def with_experts(config: LoraConfig) -> LoraConfig:
     """Let a configuration's ``target_modules`` name ``"experts"``, packed or of transformers' own kind.
 
-    Adapters beside dense layers can then be merged, too (PEFT alone does not know the packed form).
+    Adapters beside dense layers can then be merged, too (PEFT alone does not know the packed form), but for layers
+    that have been rounded to int8: there it is an error that says so.
 
     PEFT does not store this: say it again where a saved configuration is read.
 

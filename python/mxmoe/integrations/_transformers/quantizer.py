@@ -152,7 +152,7 @@ class MxmoeQuantizer(HfQuantizer):
                         model.set_submodule(name, RMSNorm(module.weight.shape[0], eps=module.variance_epsilon))
 
     def _runs_dense(self, dtype: torch.dtype) -> bool:
-        """Whether the kernels run what is neither attention nor experts."""
+        """Whether the kernels run the dense layers and the norms."""
         dense = self.quantization_config.dense
         if dense == "mxmoe" and dtype != torch.bfloat16:
             raise ValueError(f"dense is 'mxmoe' with dtype {dtype}; wanted torch.bfloat16, or dense='torch'")
