@@ -11,7 +11,7 @@ from compare import assert_close, assert_exact
 from cuda_helpers import assert_rows_stand_alone_on_gpu, down, poisoned_up, up
 from moe_case import exact_case, make, torch_moe
 from mxmoe import cuda, ops
-from mxmoe.layers import Experts
+from mxmoe.layers import ExpertMatrix, Experts
 from mxmoe.reference import ops as reference
 from op_helpers import FLOATS
 
@@ -178,7 +178,13 @@ def test_a_layer_knows_what_its_scales_allow(gpu):
         pytest.skip("no Hopper GPU")
     case = make()
     arrays = {name: up(array) for name, array in case.weights.items()}
-    experts = Experts(cuda, **arrays, activations="bf16", swiglu_alpha=1.702, swiglu_limit=7.0, foldable_scales=True)
+    matrices = {
+        name: ExpertMatrix(arrays.pop(f"{name}_blocks"), arrays.pop(f"{name}_scales"), packed=False)
+        for name in ("gate_up", "down")
+    }
+    experts = Experts(
+        cuda, **matrices, **arrays, activations="bf16", swiglu_alpha=1.702, swiglu_limit=7.0, foldable_scales=True
+    )
     inputs = [up(a) for a in (*case.args[:3], np.zeros(case.x.shape, np.float32))]
     want = down(experts(*inputs))
     assert ran(gpu, "folded", 12)

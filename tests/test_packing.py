@@ -1,10 +1,12 @@
 """Packed weights: the layout, the way back, and the same bits from every kernel."""
 
+import mmap
+
 import ml_dtypes
 import numpy as np
 import pytest
 
-from mxmoe import ops, packing
+from mxmoe import _core, ops, packing
 from mxmoe.layers import ExpertMatrix, Linear
 from op_helpers import FLOATS, normal
 
@@ -70,13 +72,51 @@ def test_mxfp4_there_and_back(shape):
     assert identical(again, blocks) and identical(scales_again, scales)
 
 
-@pytest.mark.parametrize("shape", [(1, 16, 32), (3, 96, 64), (2, 528, 96)])
-def test_mxfp4_in_place(shape):
-    blocks, scales = mxfp4(np.random.default_rng(10), *shape)
-    want, want_scales = packing.pack_mxfp4(blocks, scales)
-    packed, packed_scales = packing.pack_mxfp4_in_place(blocks, scales)
-    assert identical(packed, want) and identical(packed_scales, want_scales)
-    assert np.shares_memory(packed, blocks) and np.shares_memory(packed_scales, scales)
+def apart(*arrays):
+    """Copies that share no buffer."""
+    return tuple(np.ascontiguousarray(a) for a in arrays)
+
+
+def test_scales_lie_behind_their_blocks():
+    rng = np.random.default_rng(10)
+    mxfp4_parts = packing.pack_mxfp4(*mxfp4(rng, 2, 48, 96))
+    int8_parts = packing.pack_linear(*dense(rng, 32, 96, "int8"))
+    for values, scales in (mxfp4_parts, int8_parts):
+        step = values.shape[-1] + scales.shape[-1] * scales.itemsize
+        assert values.strides[-2] == scales.strides[-2] == step
+        assert scales.ctypes.data - values.ctypes.data == values.shape[-1]
+        assert values.strides[-3] == scales.strides[-3] == step * values.shape[-2]
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_HUGEPAGE"), reason="asks for huge pages on Linux alone")
+def test_large_panels_begin_with_a_huge_page():
+    rng = np.random.default_rng(12)
+    for shape in ((1, 1024, 2048), (3, 528, 5120)):
+        assert packing.pack_mxfp4(*mxfp4(rng, *shape))[0].ctypes.data % (2 << 20) == 0
+    for dtype in ("bfloat16", "int8"):
+        packed, _ = packing.pack_linear(*dense(rng, 1024, 2048, dtype))
+        assert packed.ctypes.data % (2 << 20) == 0
+        assert packed.flags.writeable
+
+
+def test_panels_may_be_packed_wherever_they_do_not_share_bytes():
+    rng = np.random.default_rng(11)
+    blocks, scales = mxfp4(rng, 32, 96)
+    want = packing.pack_mxfp4(blocks, scales)
+    for begin, step in ((256, 272), (300, 400), (272, 288)):  # where scales begin, and from block to block
+        room = np.zeros((2, 3, step), np.uint8)
+        packed, packed_scales = room[..., :256], room[..., begin : begin + 16]
+        _core.pack_mxfp4(blocks, scales, packed, packed_scales)
+        assert identical(packed, want[0]) and identical(packed_scales, want[1])
+        again = np.empty_like(blocks), np.empty_like(scales)
+        _core.unpack_mxfp4(packed, packed_scales, *again)
+        assert identical(again[0], blocks) and identical(again[1], scales)
+    room = np.zeros(2 * 3 * 272 + 64, np.uint8)
+    values = np.lib.stride_tricks.as_strided(room, (2, 3, 256), (3 * 272, 272, 1))
+    for begin in (0, 255, 257):  # in the block's own bytes, and in the next block's
+        overlapping = np.lib.stride_tricks.as_strided(room[begin:], (2, 3, 16), (3 * 272, 272, 1))
+        with pytest.raises(ValueError, match="packed shares memory with packed_scales"):
+            _core.pack_mxfp4(blocks, scales, values, overlapping)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
@@ -105,6 +145,10 @@ def test_linear_gives_the_same_bits(isa, shape, x_dtype, dtype, activations):
         want = ops.linear(x, weight, bias, scales=scales, activations=activations, residual=residual)
         got = ops.linear(x, packed, bias, scales=packed_scales, activations=activations, residual=residual)
         assert identical(got, want), tokens
+        if scales is not None:
+            copies = apart(packed, packed_scales)
+            got = ops.linear(x, copies[0], bias, scales=copies[1], activations=activations, residual=residual)
+            assert identical(got, want), tokens
 
 
 @pytest.mark.parametrize("activations", MODES)
@@ -122,6 +166,9 @@ def test_mxfp4_moe_gives_the_same_bits(isa, sizes, activations):
         for name in ("gate_up", "down"):
             packed |= packed_matrix(name, weights)
         assert identical(ops.mxfp4_moe(x, ids, shares, **packed, activations=activations), want), tokens
+        parts = {name: a for name, a in packed.items() if name.endswith(("blocks", "scales"))}
+        copies = dict(zip(parts, apart(*parts.values()), strict=True))
+        assert identical(ops.mxfp4_moe(x, ids, shares, **(packed | copies), activations=activations), want), tokens
 
 
 def moe_weights(rng, hidden, inner, experts=4):

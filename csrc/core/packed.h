@@ -5,6 +5,8 @@
 //          e8m0 bytes a block, one a row.
 //   int8:  512 bytes a block, [K / 4][row] dwords of four codes in order, raised by 128. Scales: 16 bfloat16 a block.
 //   bf16:  1024 bytes a block, [K / 2][row] dwords of two values in order.
+// Blocks may lie any number of bytes apart, and panels too. Fastest is a block, its scales, the next block: then
+// memory is read as one stream.
 #pragma once
 
 #include "core/types.h"

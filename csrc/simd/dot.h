@@ -28,7 +28,8 @@ struct WeightRows {
   const void* scales;
   int64_t value_stride;  // bytes from row to row; packed: from panel to panel
   int64_t scale_stride;
-  bool packed;  // by panels of sixteen rows, see core/packed.h
+  bool packed;                       // by panels of sixteen rows, see core/packed.h
+  int64_t value_block, scale_block;  // packed: bytes from block to block
 };
 
 // How one row is prepared, from either dtype of x.

@@ -13,23 +13,24 @@ inline const T* row_at(const void* base, int64_t row, int64_t stride_bytes) {
 
 // Where a step of a weight row lies. Packed rows are put together in `own`: any kernel takes either layout, only
 // those made for panels take the packed one at full speed.
-inline const void* packed_block(const WeightRows& w, int64_t row, int64_t block, int64_t block_bytes) {
-  return static_cast<const char*>(w.values) + row / kPanelRows * w.value_stride + block * block_bytes;
+inline const void* packed_block(const WeightRows& w, int64_t row, int64_t block) {
+  return static_cast<const char*>(w.values) + row / kPanelRows * w.value_stride + block * w.value_block;
 }
 inline const uint8_t* mxfp4_codes(const WeightRows& w, int64_t row, int64_t block, uint8_t (&own)[kMxBlockBytes]) {
   if (!w.packed) return row_at<uint8_t>(w.values, row, w.value_stride) + block * kMxBlockBytes;
-  unpack_row(packed_block(w, row, block, kPackedMxfp4Bytes), row % kPanelRows, kMxBlockBytes / 4, unpack_codes, own);
+  unpack_row(packed_block(w, row, block), row % kPanelRows, kMxBlockBytes / 4, unpack_codes, own);
   return own;
 }
 inline const int8_t* int8_codes(const WeightRows& w, int64_t row, int64_t block, int8_t (&own)[kMxBlock]) {
   if (!w.packed) return row_at<int8_t>(w.values, row, w.value_stride) + block * kMxBlock;
-  unpack_row(packed_block(w, row, block, kPackedInt8Bytes), row % kPanelRows, kMxBlock / 4, flip_signs, own);
+  unpack_row(packed_block(w, row, block), row % kPanelRows, kMxBlock / 4, flip_signs, own);
   return own;
 }
 template <typename T>
 inline T block_scale(const WeightRows& w, int64_t row, int64_t block) {
   if (!w.packed) return row_at<T>(w.scales, row, w.scale_stride)[block];
-  return row_at<T>(w.scales, row / kPanelRows, w.scale_stride)[block * kPanelRows + row % kPanelRows];
+  const char* panel = static_cast<const char*>(w.scales) + row / kPanelRows * w.scale_stride;
+  return reinterpret_cast<const T*>(panel + block * w.scale_block)[row % kPanelRows];
 }
 inline float mxfp4_scale(const WeightRows& w, int64_t row, int64_t block) {
   return 0.5f * e8m0_to_float(block_scale<uint8_t>(w, row, block));
@@ -48,11 +49,11 @@ struct DotF32Bf16 {
   using A = f32v;
   static W weight(const WeightRows& w, int64_t row, int64_t step) {
     if (!w.packed) return load(row_at<bf16>(w.values, row, w.value_stride) + step * kStep);
-    const bf16* panel = row_at<bf16>(w.values, row / kPanelRows, w.value_stride);
     bf16 own[kStep];
     for (int i = 0; i < kStep; ++i) {
-      const int64_t k = step * kStep + i;
-      own[i] = panel[(k / 2 * kPanelRows + row % kPanelRows) * 2 + k % 2];
+      const int64_t k = step * kStep + i, in_block = k % kMxBlock;
+      const auto* block = static_cast<const bf16*>(packed_block(w, row, k / kMxBlock));
+      own[i] = block[(in_block / 2 * kPanelRows + row % kPanelRows) * 2 + k % 2];
     }
     return load(own);
   }

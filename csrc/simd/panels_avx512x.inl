@@ -86,23 +86,20 @@ inline ScaleRange join(const ScaleRange& a, const ScaleRange& b) {
   return {a.lowest < b.lowest ? a.lowest : b.lowest, a.highest > b.highest ? a.highest : b.highest};
 }
 
-// Of e8m0 scales.
-inline ScaleRange e8m0_range(const char* bytes, int count) {
-  __m512i lowest = _mm512_set1_epi8(-1), highest = _mm512_setzero_si512();
-  for (int i = 0; i < count; i += 64) {
-    const __mmask64 some = count - i < 64 ? (uint64_t{1} << (count - i)) - 1 : ~uint64_t{0};
-    const __m512i x = _mm512_maskz_loadu_epi8(some, bytes + i);
-    lowest = _mm512_mask_min_epu8(lowest, some, lowest, x), highest = _mm512_max_epu8(highest, x);
+// Of some blocks' sixteen e8m0 scales, `stride` bytes apart.
+inline ScaleRange e8m0_range(const char* scales, int64_t stride, int blocks) {
+  __m128i lowest = _mm_set1_epi8(-1), highest = _mm_setzero_si128();
+  for (int b = 0; b < blocks; ++b) {
+    const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(scales + b * stride));
+    lowest = _mm_min_epu8(lowest, x), highest = _mm_max_epu8(highest, x);
   }
   // The largest are the smallest of what is left to 255.
-  const auto smallest = [](__m512i x) {
-    const __m256i half = _mm256_min_epu8(_mm512_castsi512_si256(x), _mm512_extracti64x4_epi64(x, 1));
-    const __m128i bytes16 = _mm_min_epu8(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+  const auto smallest = [](__m128i bytes16) {
     const __m128i words = _mm_min_epu8(bytes16, _mm_srli_epi16(bytes16, 8));
     return _mm_cvtsi128_si32(_mm_minpos_epu16(_mm_and_si128(words, _mm_set1_epi16(255)))) & 255;
   };
   const auto bits = [](int byte) { return byte == 0 ? 0x00400000 : byte << 23; };
-  return {bits(smallest(lowest)), bits(255 - smallest(_mm512_xor_si512(highest, _mm512_set1_epi8(-1))))};
+  return {bits(smallest(lowest)), bits(255 - smallest(_mm_xor_si128(highest, _mm_set1_epi8(-1))))};
 }
 
 // Prepared rows end with the range of what a product's scales meet there: the scales of an int8 row's blocks, the
@@ -124,8 +121,7 @@ inline void put(uint8_t* out, __m512i x) { _mm512_store_si512(out, x); }
 // Codes raised by 12 to be unsigned, and doubled to be integers: the activations' scales are halved for it.
 struct PanelI8Mxfp4 {
   static constexpr bool kInteger = true, kScaled = true, kDecoded = true, kPowers = true;
-  static constexpr int kGroup = 6, kVectors = 8, kChunk = 16, kPackedBytes = kPackedMxfp4Bytes,
-                       kPackedScaleBytes = kPanelRows;
+  static constexpr int kGroup = 6, kVectors = 8, kChunk = 16, kPackedBytes = kPackedMxfp4Bytes;
   static MXMOE_INLINE __m512i decode(__m512i codes) {
     const __m512i table =
         _mm512_broadcast_i32x4(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
@@ -162,8 +158,7 @@ struct PanelI8Mxfp4 {
 // Codes raised by 128.
 struct PanelI8I8 {
   static constexpr bool kInteger = true, kScaled = true, kDecoded = false, kPowers = false;
-  static constexpr int kGroup = 6, kVectors = 8, kChunk = 16, kPackedBytes = kPackedInt8Bytes,
-                       kPackedScaleBytes = 2 * kPanelRows;
+  static constexpr int kGroup = 6, kVectors = 8, kChunk = 16, kPackedBytes = kPackedInt8Bytes;
   template <int v, class Load>
   static MXMOE_INLINE __m512i vector(const Load& dword) {
     return dword(v);
@@ -184,8 +179,7 @@ struct PanelI8I8 {
 
 struct PanelBf16Mxfp4 {
   static constexpr bool kInteger = false, kScaled = true, kDecoded = true, kPowers = true;
-  static constexpr int kGroup = 8, kVectors = 16, kChunk = 8, kPackedBytes = kPackedMxfp4Bytes,
-                       kPackedScaleBytes = kPanelRows;
+  static constexpr int kGroup = 8, kVectors = 16, kChunk = 8, kPackedBytes = kPackedMxfp4Bytes;
   // The permute looks at the low five bits of a word, the fifth of which is part of another code: the table of the
   // sixteen values as bfloat16 stands twice.
   static MXMOE_INLINE __m512i look_up(__m512i words, int raised, int minus_zero) {
@@ -248,8 +242,7 @@ struct PanelBf16Mxfp4 {
 
 struct PanelBf16I8 {
   static constexpr bool kInteger = false, kScaled = true, kDecoded = true, kPowers = false;
-  static constexpr int kGroup = 8, kVectors = 16, kChunk = 8, kPackedBytes = kPackedInt8Bytes,
-                       kPackedScaleBytes = 2 * kPanelRows;
+  static constexpr int kGroup = 8, kVectors = 16, kChunk = 8, kPackedBytes = kPackedInt8Bytes;
   // Byte `kByte` of every lane as float32: exact in its upper half, which is the bfloat16.
   template <int kByte>
   static MXMOE_INLINE __m512i as_float(__m512i codes) {
@@ -281,7 +274,7 @@ struct PanelBf16I8 {
 
 struct PanelBf16Bf16 {
   static constexpr bool kInteger = false, kScaled = false, kDecoded = false, kPowers = false;
-  static constexpr int kGroup = 8, kVectors = 16, kChunk = 8, kPackedBytes = kPackedBf16Bytes, kPackedScaleBytes = 0;
+  static constexpr int kGroup = 8, kVectors = 16, kChunk = 8, kPackedBytes = kPackedBf16Bytes;
   template <int v, class Load>
   static MXMOE_INLINE __m512i vector(const Load& dword) {
     return dword(v);
@@ -318,6 +311,8 @@ struct ChunkSource {
     return _mm512_load_ps(chunk.scales + (block * P + panel) * kPanelRows);
   }
   void begin(int) const {}
+  template <int v>
+  void fetch(int) const {}
 };
 
 // As packed in memory, decoded in registers; with kFetch not yet in a cache.
@@ -326,31 +321,36 @@ struct PackedSource {
   const char* values;  // of the first panel, at the first block
   const char* scales;
   int64_t value_stride, scale_stride;  // from panel to panel
-  int64_t value_offset, scale_offset;  // of the first block in its panel
+  int64_t value_block, scale_block;    // from block to block
+  int64_t offset;                      // of the first block in its panel
+  MXMOE_INLINE const char* block_at(int block, int panel) const {
+    return values + panel * value_stride + block * value_block;
+  }
   template <int v>
   MXMOE_INLINE __m512i vector(int block, int panel) const {
-    const char* p = values + panel * value_stride + block * F::kPackedBytes;
+    const char* p = block_at(block, panel);
     return F::template vector<v>([&](int i) { return _mm512_loadu_si512(p + 64 * i); });
   }
   MXMOE_INLINE __m512 scale(int block, int panel) const {
-    return F::scale(scales + panel * scale_stride + block * F::kPackedScaleBytes);
+    return F::scale(scales + panel * scale_stride + block * scale_block);
   }
-  // Fetches some way ahead: the hardware follows a panel, but starts anew at each page and each tile. Past the end of
-  // a panel comes the one that will take its place in the next tile. (Inlined by force: a function that does nothing
-  // but fetch counts as one without effect, and GCC drops its call.)
-  MXMOE_INLINE void begin(int block) const {
-    if (!kFetch) return;
-    constexpr int kAhead = 8192, kScalesAhead = 1024;
-    const int64_t value = block * F::kPackedBytes + kAhead;
-    const char* p = values + value + (value_offset + value >= value_stride ? (P - 1) * value_stride : 0);
+  void begin(int) const {}
+  // Asks for what lies some way ahead of the vector that is loaded next: the hardware follows a panel, but starts
+  // anew at each page and each tile. Past the end of a panel comes the one that will take its place in the next tile.
+  // A line beside each load, in this order: the compiler gathers what it may move, and bursts wait for each other.
+  // (Inlined by force: a function that does nothing but fetch counts as one without effect, and GCC drops its call.)
+  template <int v>
+  MXMOE_INLINE void fetch(int block) const {
+    constexpr int kVectorsPerLine = F::kVectors * 64 / F::kPackedBytes;
+    if (!kFetch || v % kVectorsPerLine != 0) return;
+    constexpr int kAhead = 8192;
+    const bool past = offset + block * value_block + kAhead >= value_stride;
+    const char* p = block_at(block, 0) + kAhead + (past ? (P - 1) * value_stride : 0);
     for (int panel = 0; panel < P; ++panel, p += value_stride) {
-      for (int i = 0; i < F::kPackedBytes; i += 64) _mm_prefetch(p + i, _MM_HINT_T0);
+      prefetch(p + v / kVectorsPerLine * 64);
+      if (F::kScaled && v + kVectorsPerLine == F::kVectors) prefetch(p + F::kPackedBytes);  // scales, most likely
     }
-    if (F::kScaled && block * F::kPackedScaleBytes % 64 == 0) {
-      const int64_t scale = block * F::kPackedScaleBytes + kScalesAhead;
-      const char* q = scales + scale + (scale_offset + scale >= scale_stride ? (P - 1) * scale_stride : 0);
-      for (int panel = 0; panel < P; ++panel, q += scale_stride) _mm_prefetch(q, _MM_HINT_T0);
-    }
+    __asm__ volatile("" ::: "memory");
   }
 };
 
@@ -364,7 +364,7 @@ struct DecodingSource {
   MXMOE_INLINE __m512i vector(int block, int panel) const {
     __m512i decoded;
     if constexpr (kFold && !F::kInteger) {
-      const char* p = from.values + panel * from.value_stride + block * F::kPackedBytes;
+      const char* p = from.block_at(block, panel);
       decoded = F::template vector<v>([&](int i) { return _mm512_loadu_si512(p + 64 * i); }, lowered[panel]);
     } else {
       decoded = from.template vector<v>(block, panel);
@@ -382,6 +382,8 @@ struct DecodingSource {
       for (int p = 0; p < P; ++p) lowered[p] = F::lowered(from.scale(block, p));
     }
   }
+  template <int v>
+  void fetch(int) const {}
 };
 
 // --- blocks times a few tokens ---
@@ -402,6 +404,7 @@ static_assert(sizeof(BlockMeta) == sizeof(ScaleRange), "a row's range stands in 
 template <class F, int P, int M, int v, class Source>
 MXMOE_INLINE void multiply_vector(Source& source, int block, const char* const (&x)[M], __m512i (&dot)[M][P]) {
   __m512i y[P];
+  source.template fetch<v>(block);
   for (int p = 0; p < P; ++p) y[p] = source.template vector<v>(block, p);
   for (int m = 0; m < M; ++m) {
     const __m512i codes = broadcast_dword(x[m] + (block * F::kVectors + v) * 4);
@@ -535,8 +538,9 @@ struct PanelProduct {
   }
   template <int P, bool kFetch = true>
   PackedSource<F, P, kFetch> source(int64_t n, int64_t block) const {
-    const int64_t value = block * F::kPackedBytes, scale = block * F::kPackedScaleBytes;
-    return {values(n) + value, scales(n) + scale, w.value_stride, w.scale_stride, value, scale};
+    const int64_t value = block * w.value_block, scale = block * w.scale_block;
+    return {values(n) + value, scales(n) + scale, w.value_stride, w.scale_stride,
+            w.value_block,     w.scale_block,     value};
   }
 
   ScaleRange range_of(const int64_t* rows, int64_t count) const {
@@ -549,9 +553,9 @@ struct PanelProduct {
   // Of the scales of some blocks as packed.
   template <int P>
   ScaleRange weights_range(int64_t n, int64_t first, int blocks) const {
-    const char* bytes = scales(n) + first * F::kPackedScaleBytes;
-    const ScaleRange low = e8m0_range(bytes, blocks * F::kPackedScaleBytes);
-    return P == 1 ? low : join(low, e8m0_range(bytes + w.scale_stride, blocks * F::kPackedScaleBytes));
+    const char* bytes = scales(n) + first * w.scale_block;
+    const ScaleRange low = e8m0_range(bytes, w.scale_block, blocks);
+    return P == 1 ? low : join(low, e8m0_range(bytes + w.scale_stride, w.scale_block, blocks));
   }
 
   // Some blocks of weights as stored.
@@ -569,17 +573,19 @@ struct PanelProduct {
     }
   }
 
-  // Two panels' chunk from a block on, to be fetched while `count` rows are worked on; its scales at once.
+  // Two panels' chunk from a block on, to be fetched while `count` rows are worked on; scales of their own at once.
   template <int P>
   Ahead fetch(int64_t n, int64_t block, int64_t count) const {
     if (n + P * kPanelRows > n_end) return {{nullptr, nullptr}, 0, 0, 0};
-    const char* scale = scales(n) + block * F::kPackedScaleBytes;
-    for (int at = 0; at < F::kChunk * F::kPackedScaleBytes; at += 64) {
-      _mm_prefetch(scale + at, _MM_HINT_T0);
-      _mm_prefetch(scale + (P - 1) * w.scale_stride + at, _MM_HINT_T0);
+    if (F::kScaled && w.scale_block < w.value_block) {
+      const char* scale = scales(n) + block * w.scale_block;
+      for (int64_t at = 0; at < F::kChunk * w.scale_block; at += 64) {
+        _mm_prefetch(scale + at, _MM_HINT_T0);
+        _mm_prefetch(scale + (P - 1) * w.scale_stride + at, _MM_HINT_T0);
+      }
     }
-    const char* begin = values(n) + block * F::kPackedBytes;
-    const int64_t bytes = F::kChunk * F::kPackedBytes;
+    const char* begin = values(n) + block * w.value_block;
+    const int64_t bytes = F::kChunk * w.value_block;
     return {{begin, begin + (P - 1) * w.value_stride}, bytes, 0, (bytes / (count / F::kGroup) + 63) / 64 * 64};
   }
 

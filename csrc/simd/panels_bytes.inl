@@ -72,10 +72,16 @@ struct BytesI8 {
   }
 };
 
-// Blocks [first, first + blocks) of a packed panel, whose values and scales begin there, times M tokens.
+// Blocks of a packed panel, from one on.
+struct PanelBlocks {
+  const char *values, *scales;
+  int64_t value_block, scale_block;  // bytes from block to block
+};
+
+// Blocks [first, first + blocks) of a packed panel times M tokens.
 template <class F, int M>
-inline void multiply_panel(const char* values, const char* scales, const PreparedRows& a, const int64_t* rows,
-                           int64_t first, int64_t blocks, bool fetch, float* acc) {
+inline void multiply_panel(PanelBlocks at, const PreparedRows& a, const int64_t* rows, int64_t first, int64_t blocks,
+                           bool fetch, float* acc) {
   constexpr int kAhead = 4096;
   const char* x[M];
   const BlockMeta* meta[M];
@@ -85,16 +91,15 @@ inline void multiply_panel(const char* values, const char* scales, const Prepare
     meta[m] = reinterpret_cast<const BlockMeta*>(a.scales + rows[m] * a.block_stride) + first;
     for (int p = 0; p < kParts; ++p) sum[m][p] = load(acc + m * kPanelRows + p * kLanes);
   }
-  for (int64_t b = 0; b < blocks; ++b, values += F::kPackedBytes, scales += F::kScaleBytes * kPanelRows) {
-    if (fetch) {
-      for (int i = 0; i < F::kPackedBytes; i += 64) prefetch(values + kAhead + i);
-      prefetch(scales + kAhead / F::kPackedBytes * F::kScaleBytes * kPanelRows);
+  for (int64_t b = 0; b < blocks; ++b, at.values += at.value_block, at.scales += at.scale_block) {
+    if (fetch) {  // with the scales that lie behind the values, most likely
+      for (int i = 0; i <= F::kPackedBytes; i += 64) prefetch(at.values + kAhead + i);
     }
     for (int p = 0; p < kParts; ++p) {
       words dot[M];
       for (int m = 0; m < M; ++m) dot[m] = words_of_32(meta[m][b].start);
-      F::template multiply<M>(values + p * kLanes * 4, x, dot);
-      const f32v scale = F::scale(scales + p * kLanes * F::kScaleBytes);
+      F::template multiply<M>(at.values + p * kLanes * 4, x, dot);
+      const f32v scale = F::scale(at.scales + p * kLanes * F::kScaleBytes);
       for (int m = 0; m < M; ++m) {
         sum[m][p] = fma(to_floats(dot[m]), mul(scale, set1(meta[m][b].scale)), sum[m][p]);
       }
@@ -107,23 +112,25 @@ inline void multiply_panel(const char* values, const char* scales, const Prepare
 }
 
 template <class F>
-inline void multiply_tokens(const char* values, const char* scales, const PreparedRows& a, const int64_t* rows,
-                            int64_t count, int64_t first, int64_t blocks, float* acc) {
+inline void multiply_tokens(const PanelBlocks& at, const PreparedRows& a, const int64_t* rows, int64_t count,
+                            int64_t first, int64_t blocks, float* acc) {
   const bool fetch = count <= kGroup;  // what is gone over again and again is at hand
   for (; count >= kGroup; count -= kGroup, rows += kGroup, acc += kGroup * kPanelRows) {
-    multiply_panel<F, kGroup>(values, scales, a, rows, first, blocks, fetch, acc);
+    multiply_panel<F, kGroup>(at, a, rows, first, blocks, fetch, acc);
   }
-  if (count == 1) multiply_panel<F, 1>(values, scales, a, rows, first, blocks, fetch, acc);
-  if (count == 2) multiply_panel<F, 2>(values, scales, a, rows, first, blocks, fetch, acc);
-  if (count == 3) multiply_panel<F, 3>(values, scales, a, rows, first, blocks, fetch, acc);
+  if (count == 1) multiply_panel<F, 1>(at, a, rows, first, blocks, fetch, acc);
+  if (count == 2) multiply_panel<F, 2>(at, a, rows, first, blocks, fetch, acc);
+  if (count == 3) multiply_panel<F, 3>(at, a, rows, first, blocks, fetch, acc);
 }
 
 // Some blocks of sixteen rows, packed. Rows past the last repeat it: they are computed and not stored.
 template <class F>
 struct alignas(64) PackedChunk {
+  static constexpr int kBlockScales = F::kScaleBytes * kPanelRows;
   char values[kChunk * F::kPackedBytes];
-  char scales[kChunk * F::kScaleBytes * kPanelRows];
+  char scales[kChunk * kBlockScales];
 
+  PanelBlocks blocks() const { return {values, scales, F::kPackedBytes, kBlockScales}; }
   void pack(const WeightRows& w, int64_t n, int64_t n_end, int64_t first, int64_t blocks) {
     for (int64_t r = 0; r < kPanelRows; ++r) {
       const int64_t row = n + r < n_end ? n + r : n_end - 1;
@@ -161,12 +168,12 @@ inline void for_each_panel(const PreparedRows& a, const int64_t* rows, int64_t n
       if (w.packed) {
         const char* values = static_cast<const char*>(w.values) + n / kPanelRows * w.value_stride;
         const char* scales = static_cast<const char*>(w.scales) + n / kPanelRows * w.scale_stride;
-        multiply_tokens<F>(values, scales, a, order, count, 0, blocks, acc);
+        multiply_tokens<F>({values, scales, w.value_block, w.scale_block}, a, order, count, 0, blocks, acc);
       }
       for (int64_t b = 0; !w.packed && b < blocks; b += kChunk) {
         const int64_t some = blocks - b < kChunk ? blocks - b : kChunk;
         chunk.pack(w, n, n_end, b, some);
-        multiply_tokens<F>(chunk.values, chunk.scales, a, order, count, b, some, acc);
+        multiply_tokens<F>(chunk.blocks(), a, order, count, b, some, acc);
       }
       emit(m, count, n, width, acc);
     }

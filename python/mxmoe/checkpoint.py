@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from mxmoe.config import ConfigError, ModelConfig
 from mxmoe.hub import resolve
+from mxmoe.memory import empty
 from mxmoe.quantize import quantize_mxfp4, squared_error
 from mxmoe.shards import CheckpointError, Shards
 
@@ -311,8 +312,7 @@ class Checkpoint:
         result: dict[str, Array] = {}
         error = power = 0.0
         for name, experts in stored.items():
-            blocks = np.empty(shapes[f"{name}_blocks"], np.uint8)
-            scales = np.empty(shapes[f"{name}_scales"], np.uint8)
+            blocks, scales = empty(shapes[f"{name}_blocks"]), empty(shapes[f"{name}_scales"])
             for e, expert in enumerate(experts):
                 w = np.ascontiguousarray(expert.T)
                 blocks[e], scales[e] = quantize_mxfp4(w)

@@ -19,7 +19,6 @@ from mxmoe.packing import (
     can_pack,
     pack_linear,
     pack_mxfp4,
-    pack_mxfp4_in_place,
     unpack_linear,
     unpack_mxfp4,
 )
@@ -332,15 +331,11 @@ class ExpertMatrix(Watched):
     ----------
     blocks, scales : (E, N, K / 32, 16) uint8, (E, N, K / 32) uint8
     packed : bool
-    owned : bool
-        The arrays are nobody else's: pack them where they are.
     """
 
-    def __init__(self, blocks: Array, scales: Array, packed: bool, owned: bool = False) -> None:
+    def __init__(self, blocks: Array, scales: Array, packed: bool) -> None:
         self.packed = packed
-        self.held: tuple[Array, Array] = (blocks, scales)
-        if packed:
-            self.held = (pack_mxfp4_in_place if owned else pack_mxfp4)(blocks, scales)
+        self.held: tuple[Array, Array] = pack_mxfp4(blocks, scales) if packed else (blocks, scales)
 
     def stored(self) -> tuple[Array, Array]:
         """Blocks and scales as a checkpoint has them; read-only copies when held packed."""
@@ -362,11 +357,13 @@ class ExpertMatrix(Watched):
 class Experts(Watched):
     """The experts' weights in MXFP4, shapes as in `mxmoe.ops.mxfp4_moe`.
 
-    The arrays named there can be looked at and assigned anew under their names; with `packed` they are held by
-    panels, the way the kernels read them fastest, and what is looked at is a read-only copy.
+    The arrays named there can be looked at and assigned anew under their names; where the matrices are held packed,
+    what is looked at is a read-only copy.
 
     Attributes
     ----------
+    gate_up, down : ExpertMatrix
+    gate_up_bias, down_bias : (E, 2 I), (E, H) bfloat16 or float32
     adapter : LowRank or None
         Added to what goes into the experts (the router has seen it before). Assign to change it.
     foldable_scales : bool
@@ -377,26 +374,20 @@ class Experts(Watched):
     def __init__(
         self,
         ops: Ops,
-        gate_up_blocks: Array,
-        gate_up_scales: Array,
+        gate_up: ExpertMatrix,
         gate_up_bias: Array,
-        down_blocks: Array,
-        down_scales: Array,
+        down: ExpertMatrix,
         down_bias: Array,
         activations: str,
         swiglu_alpha: float,
         swiglu_limit: float,
-        packed: bool = False,
-        owned: bool = False,
         foldable_scales: bool = False,
     ) -> None:
         self.ops, self.activations, self.foldable_scales = ops, activations, foldable_scales
         self.adapter: LowRank | None = None
         self.swiglu_alpha, self.swiglu_limit = swiglu_alpha, swiglu_limit
-        self.gate_up = ExpertMatrix(gate_up_blocks, gate_up_scales, packed, owned)
-        self.gate_up_bias = gate_up_bias
-        self.down = ExpertMatrix(down_blocks, down_scales, packed, owned)
-        self.down_bias = down_bias
+        self.gate_up, self.gate_up_bias = gate_up, gate_up_bias
+        self.down, self.down_bias = down, down_bias
 
     @property
     def gate_up_blocks(self) -> Array:

@@ -19,7 +19,7 @@ from mxmoe.checkpoint import Checkpoint, LayerWeights, resolve
 from mxmoe.config import ModelConfig
 from mxmoe.devices import HOST, Device, Gpu, Host
 from mxmoe.generate import Model
-from mxmoe.layers import Attention, DecoderLayer, Embedding, Experts, Linear, MoE, RMSNorm
+from mxmoe.layers import Attention, DecoderLayer, Embedding, ExpertMatrix, Experts, Linear, MoE, RMSNorm
 from mxmoe.model import LoadOptions
 from mxmoe.packing import prefers_packed
 from mxmoe.tokenizer import Tokenizer
@@ -120,6 +120,14 @@ class _Builder:
             self.checkpoint.release(layer, [name])  # it has been copied
         return linear
 
+    def expert_matrix(self, weights: dict[str, Array], name: str, layer: int) -> ExpertMatrix:
+        """Make a matrix of experts of its parts, which are taken out of `weights`."""
+        blocks, scales = f"{name}_blocks", f"{name}_scales"
+        matrix = ExpertMatrix(weights.pop(blocks), weights.pop(scales), self.packed)
+        if self.packed:
+            self.checkpoint.release(layer, [blocks, scales])  # it has been copied
+        return matrix
+
     def norm(self, weight: Array) -> RMSNorm:
         return RMSNorm(self.ops, weight, self.config.rms_norm_eps)
 
@@ -140,27 +148,24 @@ class _Builder:
             window=config.window(i),
             activations=self.options.activations,
         )
+        norms = self.norm(w.input_layernorm), self.norm(w.post_attention_layernorm)
+        # The router is small and decides: it stays float32 x bf16 whatever the rest is rounded to.
+        router = Linear(ops, w.router_weight, w.router_bias, None, "float32")
+        weights = dict(vars(w))
+        del w  # so that a matrix of experts can go when it has been packed
         experts = Experts(
             ops=ops,
-            gate_up_blocks=w.gate_up_blocks,
-            gate_up_scales=w.gate_up_scales,
-            gate_up_bias=w.gate_up_bias,
-            down_blocks=w.down_blocks,
-            down_scales=w.down_scales,
-            down_bias=w.down_bias,
+            gate_up=self.expert_matrix(weights, "gate_up", i),
+            gate_up_bias=weights["gate_up_bias"],
+            down=self.expert_matrix(weights, "down", i),
+            down_bias=weights["down_bias"],
             activations=self.options.activations,
             swiglu_alpha=config.swiglu_alpha,
             swiglu_limit=config.swiglu_limit,
-            packed=self.packed,
-            owned=self.checkpoint.layout == "huggingface-bf16",
             foldable_scales=foldable_scales,
         )
-        # The router is small and decides: it stays float32 x bf16 whatever the rest is rounded to.
-        router = Linear(ops, w.router_weight, w.router_bias, None, "float32")
         mlp = MoE(ops, i, router, experts, config.experts_per_token)
-        if self.packed:
-            self.checkpoint.release(i, [f"{m}_{part}" for m in ("gate_up", "down") for part in ("blocks", "scales")])
-        return DecoderLayer(i, self.norm(w.input_layernorm), attention, self.norm(w.post_attention_layernorm), mlp)
+        return DecoderLayer(i, norms[0], attention, norms[1], mlp)
 
     def lm_head(self) -> Linear:
         return self.linear(self.held(self.checkpoint.lm_head, "lm_head"), None, "lm_head")

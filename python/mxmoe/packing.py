@@ -2,6 +2,9 @@
 
 `mxmoe.load` packs while loading; who calls the ops alone may pack once and pass the packed arrays wherever the stored
 ones are taken, with the same result to the last bit. The layout itself is described in ``csrc/core/packed.h``.
+
+The scales of a block lie right behind its values, so that a product reads memory as one stream: the two arrays that
+packing returns are views of one buffer. Contiguous copies of them are as good, only slower to read.
 """
 
 from __future__ import annotations
@@ -13,13 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mxmoe import _core
+from mxmoe.memory import empty
 from mxmoe.ops import Activations
 
 __all__ = [
     "can_pack",
     "pack_linear",
     "pack_mxfp4",
-    "pack_mxfp4_in_place",
     "prefers_packed",
     "unpack_linear",
     "unpack_mxfp4",
@@ -29,7 +32,6 @@ Array = NDArray[Any]
 
 PANEL_ROWS = 16
 _BLOCK = 32
-_ROWS_IN_PLACE = 16 * PANEL_ROWS
 
 
 def prefers_packed(activations: Activations, weights: Literal["mxfp4", "int8", "bf16"] = "mxfp4") -> bool:
@@ -54,6 +56,12 @@ def can_pack(rows: int, k: int) -> bool:
     return rows > 0 and k > 0 and rows % PANEL_ROWS == 0 and k % _BLOCK == 0
 
 
+def _side_by_side(shape: tuple[int, ...], value_bytes: int, scale_bytes: int) -> tuple[Array, Array]:
+    """Make uint8 arrays (*shape, value_bytes) and (*shape, scale_bytes), row beside row in one buffer."""
+    both = empty((*shape, value_bytes + scale_bytes))
+    return both[..., :value_bytes], both[..., value_bytes:]
+
+
 def pack_mxfp4(blocks: Array, scales: Array) -> tuple[Array, Array]:
     """Pack MXFP4 weights.
 
@@ -67,6 +75,7 @@ def pack_mxfp4(blocks: Array, scales: Array) -> tuple[Array, Array]:
     -------
     packed : array, shape (..., rows // 16, k // 32, 256), uint8
     packed_scales : array, shape (..., rows // 16, k // 32, 16), uint8
+        Views of one buffer.
 
     Raises
     ------
@@ -79,47 +88,11 @@ def pack_mxfp4(blocks: Array, scales: Array) -> tuple[Array, Array]:
             "wanted (..., rows, k / 32, 16) and the same without the last axis"
         )
     *lead, rows, per_row, _ = blocks.shape
+    flat = blocks.reshape(-1, per_row, blocks.shape[-1])
+    packed, packed_scales = _side_by_side((len(flat) // PANEL_ROWS, per_row), 256, PANEL_ROWS)
+    _core.pack_mxfp4(flat, scales.reshape(-1, per_row), packed, packed_scales)
     shape = (*lead, rows // PANEL_ROWS, per_row)
-    packed, packed_scales = np.empty((*shape, 256), np.uint8), np.empty((*shape, 16), np.uint8)
-    _core.pack_mxfp4(
-        blocks.reshape(-1, per_row, blocks.shape[-1]),
-        scales.reshape(-1, per_row),
-        packed.reshape(-1, per_row, 256),
-        packed_scales.reshape(-1, per_row, 16),
-    )
-    return packed, packed_scales
-
-
-def pack_mxfp4_in_place(blocks: Array, scales: Array) -> tuple[Array, Array]:
-    """Pack MXFP4 weights into the memory they lie in.
-
-    Parameters
-    ----------
-    blocks : array, shape (num_experts, rows, k // 32, 16), uint8
-        Contiguous; overwritten.
-    scales : array, shape (num_experts, rows, k // 32), uint8
-        Contiguous; overwritten.
-
-    Returns
-    -------
-    packed, packed_scales : array
-        As of `pack_mxfp4`, in the memory of `blocks` and `scales`.
-
-    Raises
-    ------
-    TypeError, ValueError
-        A dtype or shape is not as above.
-    """
-    num_experts, rows, per_row, _ = blocks.shape
-    flat, flat_scales = blocks.reshape(-1, per_row, 16), scales.reshape(-1, per_row)
-    # A panel takes the very bytes of its sixteen rows, so a few at a time can change places.
-    for begin in range(0, len(flat), _ROWS_IN_PLACE):
-        some = slice(begin, begin + _ROWS_IN_PLACE)
-        packed, packed_scales = pack_mxfp4(flat[some], flat_scales[some])
-        flat[some] = packed.reshape(-1, per_row, 16)
-        flat_scales[some] = packed_scales.reshape(-1, per_row)
-    shape = (num_experts, rows // PANEL_ROWS, per_row)
-    return blocks.reshape(*shape, 256), scales.reshape(*shape, 16)
+    return packed.reshape(*shape, 256), packed_scales.reshape(*shape, PANEL_ROWS)
 
 
 def unpack_mxfp4(packed: Array, packed_scales: Array) -> tuple[Array, Array]:
@@ -172,6 +145,7 @@ def pack_linear(weight: Array, scales: Array | None = None) -> tuple[Array, Arra
     packed : array, shape (rows // 16, k // 32, 512), bfloat16 or uint8
         uint8 for int8: the codes are raised by 128.
     packed_scales : array, shape (rows // 16, k // 32, 16), bfloat16, or None
+        A view of the buffer that `packed` is one of.
 
     Raises
     ------
@@ -181,8 +155,12 @@ def pack_linear(weight: Array, scales: Array | None = None) -> tuple[Array, Arra
     if weight.ndim != 2:
         raise ValueError(f"weight has shape {weight.shape}; wanted (rows, k)")
     shape = (weight.shape[0] // PANEL_ROWS, weight.shape[1] // _BLOCK)
-    packed = np.empty((*shape, 512), np.uint8 if scales is not None else ml_dtypes.bfloat16)
-    packed_scales = None if scales is None else np.empty((*shape, PANEL_ROWS), ml_dtypes.bfloat16)
+    packed_scales: Array | None = None
+    if scales is None:
+        packed = empty((*shape, 1024)).view(ml_dtypes.bfloat16)
+    else:
+        packed, scale_bytes = _side_by_side(shape, 512, 2 * PANEL_ROWS)
+        packed_scales = scale_bytes.view(ml_dtypes.bfloat16)
     _core.pack_linear(np.ascontiguousarray(weight), scales, packed, packed_scales)
     return packed, packed_scales
 

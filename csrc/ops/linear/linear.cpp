@@ -67,8 +67,14 @@ struct Layer {
     LinearTile tile{};
     tile.x = rows;
     tile.m_begin = m, tile.m_end = std::min(m + kTokensPerTile, num_tokens);
-    tile.weight = {w.weight.data, w.scales.data, w.weight.stride[0] * dtype_size(w.weight.dtype),
-                   w.scales.stride[0] * 2, is_packed(w.weight)};
+    const int64_t value_bytes = dtype_size(w.weight.dtype), scale_bytes = dtype_size(DType::bf16);
+    tile.weight = {w.weight.data,
+                   w.scales.data,
+                   w.weight.stride[0] * value_bytes,
+                   w.scales.stride[0] * scale_bytes,
+                   is_packed(w.weight),
+                   w.weight.stride[1] * value_bytes,
+                   w.scales.stride[1] * scale_bytes};
     tile.n_begin = n, tile.n_end = std::min(n + rows_per_tile, out_features);
     tile.in_features = in_features;
     if (w.bias && w.bias.dtype == DType::f32) tile.bias_f32 = w.bias.as<float>();

@@ -10,7 +10,8 @@
 //           bf16 weights rounds to bfloat16: there is no integer dot to win). Weights enter exactly (but for
 //           subnormal bfloat16, which AVX-512's bf16 dot products count as zero); sums are float32, a block's
 //           integer products exact.
-// Layout:   rows contiguous; x, residual, y and stored weight and scales may have a row stride.
+// Layout:   rows contiguous; x, residual, y and stored weight and scales may have a row stride, packed ones any
+//           strides but for the last axis.
 // Requires: in_features >= 1; a multiple of 32 when weight is int8.
 // Calls:    y may be residual itself; no other overlap; tiles of (tokens x out_features) are spread over threads;
 //           scratch for the rounded x; a row's bits depend on that row alone, within one instruction set, and not on

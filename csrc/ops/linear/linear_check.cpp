@@ -30,7 +30,6 @@ int64_t check_weight(const Names& names, const LinearWeights& w, int64_t in_feat
                 "; wanted a multiple of ", kMxBlock);
     check_shape(weight, w.weight, {-1, in_features / kMxBlock, kPackedInt8Bytes},
                 "(out_features / 16, in_features / 32, 512)");
-    check_contiguous(weight, w.weight);
   } else {
     check_shape(weight, w.weight, {-1, in_features}, "(out_features, in_features)");
   }
@@ -47,7 +46,6 @@ int64_t check_weight(const Names& names, const LinearWeights& w, int64_t in_feat
   if (packed) {
     check_shape(scales, w.scales, {w.weight.shape[0], in_features / kMxBlock, kPanelRows},
                 "(out_features / 16, in_features / 32, 16)");
-    check_contiguous(scales, w.scales);
   } else {
     check_shape(scales, w.scales, {out_features, in_features / kMxBlock}, "(out_features, in_features / 32)");
   }

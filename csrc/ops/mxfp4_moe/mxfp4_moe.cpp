@@ -69,18 +69,19 @@ struct Grouped {
 void run_grouped(const Grouped& g, const MoeParams& params, void (*kernel)(const MoeTile&)) {
   const int64_t rows_per_tile = tile_rows(g.num_busy * g.num_rows, 2 * kPanelRows);
   const int64_t tiles = (g.num_rows + rows_per_tile - 1) / rows_per_tile;
-  const int64_t lines = g.packed ? kPanelRows : 1;  // weight rows from stride to stride
   parallel_for(g.num_busy * tiles, [&](int64_t item) {
     const int64_t e = g.busy[item / tiles], n = item % tiles * rows_per_tile;
     const int64_t begin = g.offsets[e], count = g.offsets[e + 1] - begin;
     MoeTile t{};
     t.x = g.x;
     t.rows = g.rows + begin, t.num_rows = count;
-    t.weight.packed = g.packed;
-    t.weight.value_stride = lines * g.k / kMxBlock * kMxBlockBytes;
-    t.weight.scale_stride = lines * g.k / kMxBlock;
-    t.weight.values = g.blocks.as<uint8_t>() + e * g.num_rows / lines * t.weight.value_stride;
-    t.weight.scales = g.scales.as<uint8_t>() + e * g.num_rows / lines * t.weight.scale_stride;
+    t.weight = {g.blocks.as<uint8_t>() + e * g.blocks.stride[0],
+                g.scales.as<uint8_t>() + e * g.scales.stride[0],
+                g.blocks.stride[1],
+                g.scales.stride[1],
+                g.packed,
+                g.blocks.stride[2],
+                g.scales.stride[2]};
     t.n_begin = n, t.n_end = std::min(n + rows_per_tile, g.num_rows);
     t.k = g.k;
     if (g.bias.dtype == DType::f32) t.bias_f32 = g.bias.as<float>() + e * g.num_rows;

@@ -5,7 +5,7 @@
 //           K / 32, 512) with scales (rows / 16, K / 32, 16).
 // Dtypes:   MXFP4 uint8 throughout. Dense: bfloat16 <-> bfloat16; int8 <-> uint8 (raised by 128), scales bfloat16.
 //           Nothing is rounded.
-// Layout:   contiguous.
+// Layout:   stored contiguous; packed with any strides but for the last axis: scales may lie beside their blocks.
 // Requires: rows a multiple of 16, K of 32.
 // Calls:    no overlap; panels are spread over threads; no scratch.
 // Source:   core/packed.h.
