@@ -334,22 +334,31 @@ struct PackedSource {
   MXMOE_INLINE __m512 scale(int block, int panel) const {
     return F::scale(scales + panel * scale_stride + block * scale_block);
   }
-  void begin(int) const {}
-  // Asks for what lies some way ahead of the vector that is loaded next: the hardware follows a panel, but starts
-  // anew at each page and each tile. Past the end of a panel comes the one that will take its place in the next tile.
-  // A line beside each load, in this order: the compiler gathers what it may move, and bursts wait for each other.
-  // (Inlined by force: a function that does nothing but fetch counts as one without effect, and GCC drops its call.)
+  // What lies some way ahead: the hardware follows a panel, but starts anew at each page and each tile. Past the end
+  // of a panel comes the one that will take its place in the next tile. (Inlined by force: a function that does
+  // nothing but fetch counts as one without effect, and GCC drops its call.)
+  MXMOE_INLINE const char* ahead(int block) const {
+    constexpr int kAhead = 8192;
+    const bool past = offset + block * value_block + kAhead >= value_stride;
+    return block_at(block, 0) + kAhead + (past ? (P - 1) * value_stride : 0);
+  }
+  // Two panels' products take longer than their lines, which may come in bursts.
+  MXMOE_INLINE void begin(int block) const {
+    if (!kFetch || P == 1) return;
+    const char* p = ahead(block);
+    for (int panel = 0; panel < P; ++panel, p += value_stride) {
+      for (int i = 0; i < F::kPackedBytes + (F::kScaled ? 64 : 0); i += 64) _mm_prefetch(p + i, _MM_HINT_T0);
+    }
+  }
+  // One panel is read as fast as memory goes: each load has a line to fetch beside it, and stays there, as bursts,
+  // which compilers make of what they may move, keep loads waiting. The last is for the scales, most likely.
   template <int v>
   MXMOE_INLINE void fetch(int block) const {
     constexpr int kVectorsPerLine = F::kVectors * 64 / F::kPackedBytes;
-    if (!kFetch || v % kVectorsPerLine != 0) return;
-    constexpr int kAhead = 8192;
-    const bool past = offset + block * value_block + kAhead >= value_stride;
-    const char* p = block_at(block, 0) + kAhead + (past ? (P - 1) * value_stride : 0);
-    for (int panel = 0; panel < P; ++panel, p += value_stride) {
-      prefetch(p + v / kVectorsPerLine * 64);
-      if (F::kScaled && v + kVectorsPerLine == F::kVectors) prefetch(p + F::kPackedBytes);  // scales, most likely
-    }
+    if (!kFetch || P > 1 || v % kVectorsPerLine != 0) return;
+    const char* p = ahead(block);
+    prefetch(p + v / kVectorsPerLine * 64);
+    if (F::kScaled && v + kVectorsPerLine == F::kVectors) prefetch(p + F::kPackedBytes);
     __asm__ volatile("" ::: "memory");
   }
 };
@@ -438,8 +447,9 @@ template <int M>
 constexpr bool kHeld = M <= 6;
 
 template <class F, int P, int M, bool kFold, class Source>
-inline void multiply(Source& source, const PreparedRows& a, const int64_t* rows, int64_t first, int blocks,
+inline void multiply(const Source& from, const PreparedRows& a, const int64_t* rows, int64_t first, int blocks,
                      float* acc) {
+  Source source = from;  // whose members can be in registers: nobody else sees them
   const char* x[M];
   const BlockMeta* meta[M];
   __m512 sum[M][P];
