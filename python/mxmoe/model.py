@@ -421,7 +421,6 @@ class Transformer:
             residual = self._replay(cache).run(self, cache, ids, lengths, pages)
             if residual is not None:
                 cache.commit(sequences, counts)
-                taps.positions, taps.sequences = lengths, np.array(sequences, np.int64)
                 return residual
         positions = np.concatenate(
             [np.arange(n, n + new, dtype=np.int64) for n, new in zip(lengths, counts, strict=True)]
