@@ -20,6 +20,16 @@ def _one_torch_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True)
+def _subnormals() -> None:
+    """Give every test's own arithmetic its subnormals.
+
+    What some versions of torch compile turns them off for its thread when it is loaded, and NumPy, which the oracles
+    are written in, heeds that.
+    """
+    torch.set_flush_denormal(False)
+
+
 @pytest.fixture(params=_core.available_isas())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     """Run a test once under every instruction set of this machine, and give its name."""

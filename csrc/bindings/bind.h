@@ -3,7 +3,15 @@
 
 #include <pybind11/pybind11.h>
 
+#include "core/float_environment.h"
+
 namespace mxmoe {
+
+// What all that computes runs in: no GIL, and not the caller's floating-point settings.
+class Unlocked {
+  pybind11::gil_scoped_release released_;
+  DefaultFloatEnvironment environment_;
+};
 
 void bind_rmsnorm(pybind11::module_& m);
 void bind_rope(pybind11::module_& m);

@@ -9,7 +9,7 @@
 namespace mxmoe {
 
 void bind_ceilings(py::module_& m) {
-  using Release = py::call_guard<py::gil_scoped_release>;
+  using Release = py::call_guard<Unlocked>;
   py::class_<ReadBuffer>(m, "ReadBuffer", py::module_local())
       .def(py::init<int64_t>(), Release(), py::arg("num_bytes"))
       .def_property_readonly("nbytes", &ReadBuffer::size)
@@ -21,7 +21,7 @@ void bind_ceilings(py::module_& m) {
         const Activations format = parse_activations(activations);
         PeakRun run;
         {
-          const py::gil_scoped_release unlocked;
+          const Unlocked unlocked;
           run = run_peak(format, rounds);
         }
         return py::typing::Tuple<py::float_, py::float_>(py::make_tuple(run.operations, run.seconds));

@@ -27,7 +27,7 @@ void bind_pack(py::module_& m) {
          const py::object& packed_scales) {
         const TensorArg b = required(blocks, "blocks"), s = required(scales, "scales");
         const TensorArg p = required(packed, "packed", true), q = required(packed_scales, "packed_scales", true);
-        const py::gil_scoped_release unlocked;
+        const Unlocked unlocked;
         pack_mxfp4(b, s, p, q);
       },
       py::arg("blocks"), py::arg("scales"), py::arg("packed"), py::arg("packed_scales"));
@@ -37,7 +37,7 @@ void bind_pack(py::module_& m) {
          const py::object& scales) {
         const TensorArg p = required(packed, "packed"), q = required(packed_scales, "packed_scales");
         const TensorArg b = required(blocks, "blocks", true), s = required(scales, "scales", true);
-        const py::gil_scoped_release unlocked;
+        const Unlocked unlocked;
         unpack_mxfp4(p, q, b, s);
       },
       py::arg("packed"), py::arg("packed_scales"), py::arg("blocks"), py::arg("scales"));
@@ -47,7 +47,7 @@ void bind_pack(py::module_& m) {
          const py::object& packed_scales) {
         const TensorArg w = required(weight, "weight"), s = to_tensor(scales, "scales");
         const TensorArg p = required(packed, "packed", true), q = to_tensor(packed_scales, "packed_scales", true);
-        const py::gil_scoped_release unlocked;
+        const Unlocked unlocked;
         pack_linear(w, s, p, q);
       },
       py::arg("weight"), py::arg("scales"), py::arg("packed"), py::arg("packed_scales"));
@@ -57,7 +57,7 @@ void bind_pack(py::module_& m) {
          const py::object& scales) {
         const TensorArg p = required(packed, "packed"), q = to_tensor(packed_scales, "packed_scales");
         const TensorArg w = required(weight, "weight", true), s = to_tensor(scales, "scales", true);
-        const py::gil_scoped_release unlocked;
+        const Unlocked unlocked;
         unpack_linear(p, q, w, s);
       },
       py::arg("packed"), py::arg("packed_scales"), py::arg("weight"), py::arg("scales"));

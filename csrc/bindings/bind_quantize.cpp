@@ -9,7 +9,7 @@ void bind_quantize(py::module_& m) {
       "first_not_finite",
       [](const py::object& x) {
         const TensorArg values = required(x, "x");
-        const py::gil_scoped_release unlocked;
+        const Unlocked unlocked;
         return first_not_finite(values);
       },
       py::arg("x"));
@@ -18,7 +18,7 @@ void bind_quantize(py::module_& m) {
       [](const py::object& blocks, const py::object& scales, const py::object& out) {
         const TensorArg b = required(blocks, "blocks"), s = required(scales, "scales"),
                         y = required(out, "out", true);
-        const py::gil_scoped_release unlocked;
+        const Unlocked unlocked;
         mxfp4_dequantize(b, s, y);
       },
       py::arg("blocks"), py::arg("scales"), py::arg("out"));
@@ -27,7 +27,7 @@ void bind_quantize(py::module_& m) {
       [](const py::object& x, const py::object& blocks, const py::object& scales) {
         const TensorArg values = required(x, "x");
         const TensorArg b = required(blocks, "blocks", true), s = required(scales, "scales", true);
-        const py::gil_scoped_release unlocked;
+        const Unlocked unlocked;
         mxfp4_quantize(values, b, s);
       },
       py::arg("x"), py::arg("blocks"), py::arg("scales"));
@@ -36,7 +36,7 @@ void bind_quantize(py::module_& m) {
       [](const py::object& x, const py::object& codes, const py::object& scales) {
         const TensorArg values = required(x, "x");
         const TensorArg c = required(codes, "codes", true), s = required(scales, "scales", true);
-        const py::gil_scoped_release unlocked;
+        const Unlocked unlocked;
         int8_quantize(values, c, s);
       },
       py::arg("x"), py::arg("codes"), py::arg("scales"));

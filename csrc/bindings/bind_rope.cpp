@@ -15,6 +15,7 @@ void bind_rope(py::module_& m) {
         check_value(head_dim <= kMaxHeadDim, "head_dim is ", head_dim, "; wanted at most ", kMaxHeadDim);
         py::array_t<double> inv_freq(head_dim > 0 ? head_dim / 2 : 0);
         const YarnParams yarn{theta, factor, original_max_position_embeddings, beta_fast, beta_slow, truncate};
+        const DefaultFloatEnvironment environment;
         const double scaling = rope_inv_freq(head_dim, yarn, inv_freq.mutable_data());
         return py::make_tuple(inv_freq, scaling);
       },

@@ -22,7 +22,7 @@ void bind_sink_attention(py::module_& m) {
       "sink_attention",
       [](const py::object& q, const py::object& k_cache, const py::object& v_cache, const py::object& sinks,
          const py::object& block_table, const py::object& cu_seqlens, const py::object& seq_lens,
-         const py::object& key_starts, float sm_scale, int64_t sliding_window, const std::string& activations,
+         const py::object& key_starts, double sm_scale, int64_t sliding_window, const std::string& activations,
          const py::object& k_scales, const py::object& v_scales, const py::object& sink_share,
          const py::object& out) {
         const TensorArg a = required(q, "q"), kc = required(k_cache, "k_cache"), vc = required(v_cache, "v_cache");
@@ -33,8 +33,8 @@ void bind_sink_attention(py::module_& m) {
         const TensorArg share = output(sink_share, "sink_share"), y = required(out, "out", true);
         const Activations rounding = parse_activations(activations);
         run_op([=] {
-          sink_attention(a, {kc, vc, ks, vs}, s, {cu, lens, table, starts}, sm_scale, sliding_window, rounding, share,
-                         y);
+          sink_attention(a, {kc, vc, ks, vs}, s, {cu, lens, table, starts}, static_cast<float>(sm_scale),
+                         sliding_window, rounding, share, y);
         });
       },
       py::arg("q"), py::arg("k_cache"), py::arg("v_cache"), py::arg("sinks"), py::arg("block_table"),

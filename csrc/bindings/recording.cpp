@@ -28,7 +28,7 @@ void Recording::replay() const {
   check_value(recording_now != this, "the recording is still being made; wanted it ended before it is replayed");
   for (size_t i = 0; i < ops_.size();) {
     {
-      const pybind11::gil_scoped_release unlocked;
+      const Unlocked unlocked;
       const auto begin = std::chrono::steady_clock::now();
       while (i < ops_.size() && std::chrono::steady_clock::now() - begin < kDeaf) ops_[i++]();
     }

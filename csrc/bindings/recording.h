@@ -31,11 +31,12 @@ class Recording {
   std::vector<Op> ops_;
 };
 
-// Runs an op, called with the GIL, without it. `op` owns what it needs.
+// Runs an op, called with the GIL, without it. `op` owns what it needs, and narrows Python's numbers itself: here
+// that rounds as it should.
 template <class Op>
 void run_op(Op op) {
   {
-    const pybind11::gil_scoped_release unlocked;
+    const Unlocked unlocked;
     op();
   }
   if (Recording* recording = Recording::current()) recording->add(std::move(op));

@@ -6,6 +6,7 @@
 #include <system_error>
 
 #include "core/check.h"
+#include "core/float_environment.h"
 #include "core/types.h"
 #include "mxmoe.h"
 
@@ -14,9 +15,10 @@ namespace mxmoe::capi {
 // Keeps the sentence for mxmoe_last_error and returns the status.
 int fail(int status, const char* sentence) noexcept;
 
-// Runs the body of a C function; whatever it throws ends here.
+// Runs the body of a C function; whatever it throws ends here, and the caller's floating-point settings stay outside.
 template <typename Body>
 int guarded(const Body& body) noexcept {
+  const DefaultFloatEnvironment environment;
   try {
     body();
     return MXMOE_OK;

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "core/check.h"
+#include "core/float_environment.h"
 
 #if defined(__linux__)
 #include <sched.h>
@@ -118,6 +119,7 @@ class Pool {
   }
 
   void loop(int index, uint32_t seen) {
+    const DefaultFloatEnvironment environment;  // else the settings of the thread that happened to start this one
     for (;;) {
       uint64_t state = wait_past(seen);
       seen = JobState::number(state);

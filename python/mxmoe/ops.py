@@ -9,8 +9,9 @@ Errors common to all ops: ``TypeError`` for what is no array or has a dtype that
 shape, stride, alignment, device, value range or overlap that does not fit, or an output that is read-only. The
 message names the argument, what came and what was wanted. Nothing is written before the arguments are checked.
 
-Results do not depend on the number of threads, on the other rows of a batch or on how a prompt was split; they may
-differ in the last bits between instruction sets.
+Results do not depend on the number of threads, on the other rows of a batch, on how a prompt was split or on the
+caller's floating-point settings (such as ``torch.set_flush_denormal``), which are left as they are; they may differ
+in the last bits between instruction sets.
 
 This file is long because every op's contract stands in its docstring.
 """

@@ -15,7 +15,8 @@
  *            MXMOE_INTERNAL_ERROR apart). No C++ exception leaves the library.
  * Threads    Every function may be called from any thread. Calls that spread their work share one pool of workers
  *            and queue up for it. Results do not depend on the number of threads, nor a row's bits on the other rows
- *            of the batch; they may differ in the last bits between instruction sets.
+ *            of the batch; they may differ in the last bits between instruction sets. Nor do they depend on the
+ *            caller's floating-point settings (rounding, subnormals flushed, traps), which are left as they are.
  * Memory     Working memory is kept for each calling thread and grows to what its largest call needed.
  * Rounding   `activations` says what activations are rounded to as they meet the weights: FLOAT32 nothing; BF16
  *            bfloat16; INT8 127 steps of the largest magnitude of each block of 32. Weights enter exactly, sums are
