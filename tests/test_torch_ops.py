@@ -65,6 +65,7 @@ CALLS: dict[str, Callable[[], dict[str, Any]]] = {
     "mxfp4_moe float32": lambda: moe_arguments(activations="float32"),
     "mxfp4_moe bf16": lambda: moe_arguments(residual=True, x_dtype="bfloat16", bias_dtype="float32"),
     "mxfp4_moe int8 packed": lambda: moe_arguments(packed=True, activations="int8", swiglu_limit=3.0, first_expert=1),
+    "mxfp4_moe foldable": lambda: moe_arguments(foldable_scales=True),
     "kv_cache_write float32": lambda: write_arguments(torch.float32),
     "kv_cache_write int8": lambda: write_arguments(torch.int8),
     "sink_attention float32": lambda: paged_arguments(),

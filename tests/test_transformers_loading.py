@@ -260,6 +260,53 @@ def test_broken_checkpoints_are_refused(first: Case, tmp_path: Path) -> None:
         load_mxmoe(edited(first, tmp_path / "cut", cut))
 
 
+def test_experts_know_whether_their_scales_may_be_folded(
+    first: Case, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For Hopper GPUs' kernels, which would compute something else on other scales."""
+
+    def keep(scale: int) -> Any:
+        def edit(weights: dict[str, Any]) -> None:
+            for key in [key for key in weights if key.endswith("_scales")]:
+                weights[key].clamp_(2, 128)
+            weights[f"{NAME}scales"][2, 3, 1] = scale
+
+        return edit
+
+    seen: list[bool] = []
+
+    def watch(*args: Any, foldable_scales: bool, **kwargs: Any) -> Any:
+        seen.append(foldable_scales)
+        return mxfp4_moe(*args, foldable_scales=foldable_scales, **kwargs)
+
+    mxfp4_moe = _transformers.modules.mxfp4_moe
+    monkeypatch.setattr(_transformers.modules, "mxfp4_moe", watch)
+    models = {scale: load_mxmoe(edited(first, tmp_path / str(scale), keep(scale))) for scale in (1, 2, 128, 129)}
+
+    def said_by(model: Any) -> list[bool]:
+        seen.clear()
+        with torch.no_grad():
+            model(first.ids(1, 3))
+        return [*seen]
+
+    layers = first.config.num_hidden_layers
+    assert layers > 1
+    for scale, model in models.items():
+        assert said_by(model) == [i != 1 or 2 <= scale <= 128 for i in range(layers)], scale
+    good, bad = (copy.deepcopy(models[scale].state_dict()) for scale in (2, 129))
+    models[2].load_state_dict(bad)
+    models[129].load_state_dict(good)
+    assert all(said_by(models[129])) and not said_by(models[2])[1]
+    with torch.device("meta"):
+        empty = backend.Mxfp4Experts(models[2].config, "bf16")
+    one = models[128].model.layers[1].mlp.experts.state_dict()
+    with pytest.warns(UserWarning, match="meta"):
+        empty.load_state_dict(one)  # which copies nothing
+    assert not empty.foldable_scales
+    empty.load_state_dict(one, assign=True)
+    assert empty.foldable_scales
+
+
 def test_other_checkpoints_are_refused(first: Case, tmp_path: Path) -> None:
     plain = checkpoints.write(tmp_path / "bf16", layout="huggingface-bf16", config=first.config)
     with pytest.raises(ValueError, match="without MXFP4 experts"):

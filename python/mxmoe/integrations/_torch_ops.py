@@ -332,7 +332,7 @@ _MOE_BIASES = ("gate_up_bias", "down_bias")
 
 
 def _mxfp4_moe(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, *rest: Any) -> Tensor:
-    weights, (residual, activations, alpha, limit, first_expert, *out) = rest[:6], rest[6:]
+    weights, (residual, activations, alpha, limit, first_expert, foldable, *out) = rest[:6], rest[6:]
     if not topk_weights.dtype.is_floating_point:
         raise TypeError(f"topk_weights has dtype {topk_weights.dtype}; wanted float32 or bfloat16")
     named = zip(_MOE_WEIGHTS, weights, strict=True)
@@ -345,6 +345,7 @@ def _mxfp4_moe(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, *rest: Any) ->
         swiglu_alpha=alpha,
         swiglu_limit=limit,
         first_expert=first_expert,
+        foldable_scales=foldable,
         residual=None if residual is None else _rows("residual", residual),
         out=_optional("out", out[0] if out else None),
     )
@@ -353,7 +354,8 @@ def _mxfp4_moe(x: Tensor, topk_ids: Tensor, topk_weights: Tensor, *rest: Any) ->
 
 mxfp4_moe: TensorOp = _define(
     "mxfp4_moe",
-    f"{_MOE_INPUTS}, Tensor? residual, str activations, float swiglu_alpha, float swiglu_limit, SymInt first_expert",
+    f"{_MOE_INPUTS}, Tensor? residual, str activations, float swiglu_alpha, float swiglu_limit, SymInt first_expert, "
+    "bool foldable_scales",
     "Tensor",
     _mxfp4_moe,
     lambda x, *_: x.new_empty(x.shape, dtype=torch.float32),
@@ -370,15 +372,15 @@ mxfp4_moe_backward = _define_backward(
 
 def _mxfp4_moe_setup(ctx: Any, inputs: Any, output: Any) -> None:
     ctx.save_for_backward(*inputs[:9])
-    ctx.options = inputs[11:]
+    ctx.options = inputs[11:14]
 
 
 def _mxfp4_moe_backward(ctx: Any, grad: Tensor) -> Any:
     dresidual = grad if ctx.needs_input_grad[9] else None
     if not any(ctx.needs_input_grad[:9]):
-        return *[None] * 9, dresidual, *[None] * 4
+        return *[None] * 9, dresidual, *[None] * 5
     dx, dshares, dbias1, dbias2 = mxfp4_moe_backward(grad, *ctx.saved_tensors, *ctx.options)
-    return dx, None, dshares, None, None, dbias1, None, None, dbias2, dresidual, *[None] * 4
+    return dx, None, dshares, None, None, dbias1, None, None, dbias2, dresidual, *[None] * 5
 
 
 mxfp4_moe.register_autograd(_mxfp4_moe_backward, setup_context=_mxfp4_moe_setup)

@@ -272,6 +272,7 @@ def mxfp4_moe(
     swiglu_alpha: float = 1.702,
     swiglu_limit: float = 7.0,
     first_expert: int = 0,
+    foldable_scales: bool = False,
     residual: Tensor | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
@@ -298,6 +299,10 @@ def mxfp4_moe(
     activations : {"float32", "bf16", "int8"}
     swiglu_alpha, swiglu_limit : float
     first_expert : int
+    foldable_scales : bool
+        Whether every scale is known to be 2 to 128, which `mxmoe.cuda.scales_are_foldable` tells, once for the same
+        weights: the kernels for Hopper GPUs need it, and a wrong word gives wrong results there. Of no meaning on
+        the CPU.
     residual : Tensor, shape (num_tokens, hidden_size), float32, optional
         Has a gradient.
     out : Tensor, shape (num_tokens, hidden_size), float32, optional
@@ -307,7 +312,7 @@ def mxfp4_moe(
     Tensor, shape (num_tokens, hidden_size), float32
     """
     weights = (gate_up_blocks, gate_up_scales, gate_up_bias, down_blocks, down_scales, down_bias)
-    options = (activations, swiglu_alpha, swiglu_limit, first_expert)
+    options = (activations, swiglu_alpha, swiglu_limit, first_expert, foldable_scales)
     inputs = (x, topk_ids, topk_weights, *weights, residual, *options)
     if out is None:
         return _ops.mxfp4_moe(*inputs)

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 
+from mxmoe.cuda import scales_are_foldable
 from mxmoe.integrations.torch import linear, mxfp4_moe, rmsnorm
 from mxmoe.ops import Activations, int8_quantize
 from mxmoe.packing import can_pack, pack_linear, pack_mxfp4, prefers_packed, unpack_linear, unpack_mxfp4
@@ -182,6 +183,9 @@ class Mxfp4Experts(Panels):
     down_proj_scales : (num_experts, hidden_size, intermediate_size // 32) uint8
     down_proj_bias : (num_experts, hidden_size) float32 or bfloat16
         Blocks and scales are frozen; the biases can be trained.
+    foldable_scales : bool
+        What `mxmoe.cuda.scales_are_foldable` says of the scales, for a layer that is moved to a GPU; found out when
+        they are loaded, not when they are changed in place.
     """
 
     gate_up_proj_blocks: torch.nn.Parameter
@@ -190,6 +194,7 @@ class Mxfp4Experts(Panels):
     down_proj_blocks: torch.nn.Parameter
     down_proj_scales: torch.nn.Parameter
     down_proj_bias: torch.nn.Parameter
+    foldable_scales = False
 
     def __init__(self, config: Any, activations: Activations) -> None:
         super().__init__()
@@ -216,6 +221,15 @@ class Mxfp4Experts(Panels):
     def wants_packed(self) -> bool:
         """Whether the kernels in force read panels faster."""
         return prefers_packed(self.activations)
+
+    def look_at_scales(self) -> None:
+        """Find out whether the scales that are held now may be folded."""
+        scales = [getattr(self, f"{name}_scales").detach() for name in MATRICES]
+        self.foldable_scales = not any(x.is_meta for x in scales) and scales_are_foldable(*scales)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.look_at_scales()
 
     def _hold(self, name: str, blocks: Any, scales: Any) -> None:
         getattr(self, f"{name}_blocks").data = torch.from_numpy(blocks)
@@ -257,6 +271,7 @@ class Mxfp4Experts(Panels):
             activations=self.activations,
             swiglu_alpha=self.alpha,
             swiglu_limit=self.limit,
+            foldable_scales=self.foldable_scales,
         )
         return y.to(hidden_states.dtype)
 

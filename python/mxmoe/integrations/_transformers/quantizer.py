@@ -168,6 +168,7 @@ class MxmoeQuantizer(HfQuantizer):
         for name, module in model.named_modules():
             if isinstance(module, Mxfp4Experts):
                 self._check(name, module)
+                module.look_at_scales()
             if isinstance(module, Linear):
                 module.weight.requires_grad_(False)
             if isinstance(module, Int8Linear):
