@@ -12,7 +12,7 @@ from typing import Any
 
 from mxmoe import cuda
 from mxmoe.kv_cache import KVCache, LayerCache
-from mxmoe.layers import Attention, DecoderLayer, Linear, MoE, RMSNorm, Step
+from mxmoe.layers import Attention, DecoderLayer, Linear, MoE, RMSNorm, Step, is_plain
 
 __all__ = ["Where", "run_layer", "ways"]
 
@@ -68,21 +68,16 @@ def _experts(layer: DecoderLayer, x: Array) -> Array:
     return experts(h, ids, weights, x)
 
 
-def _is_plain(part: object, kind: type) -> bool:
-    """Whether a part of a model is what it was made as, on the ops that the fused ones stand for."""
-    return type(part) is kind and getattr(part, "ops", None) is cuda
-
-
 def _takes(array: Any, dtype: str) -> bool:
     return isinstance(array, cuda.extension().DeviceArray) and array.dtype == dtype
 
 
 def _fuses_attention(layer: DecoderLayer, held: LayerCache) -> bool:
     attn, norm = layer.self_attn, layer.input_layernorm
-    if not (_is_plain(attn, Attention) and _is_plain(norm, RMSNorm)):
+    if not (is_plain(attn, Attention, cuda) and is_plain(norm, RMSNorm, cuda)):
         return False
     layers = (attn.q_proj, attn.k_proj, attn.v_proj)
-    if not all(_is_plain(p, Linear) and p.adapter is None and p.activations == "bf16" for p in layers):
+    if not all(is_plain(p, Linear, cuda) and p.adapter is None and p.activations == "bf16" for p in layers):
         return False
     if not all(_takes(p.held[0], "bfloat16") and p.held[0].data_ptr % 16 == 0 for p in layers):
         return False
@@ -93,7 +88,7 @@ def _fuses_attention(layer: DecoderLayer, held: LayerCache) -> bool:
 
 def _fuses_routing(layer: DecoderLayer) -> bool:
     mlp, norm = layer.mlp, layer.post_attention_layernorm
-    if not (_is_plain(mlp, MoE) and _is_plain(norm, RMSNorm) and _is_plain(mlp.router, Linear)):
+    if not (is_plain(mlp, MoE, cuda) and is_plain(norm, RMSNorm, cuda) and is_plain(mlp.router, Linear, cuda)):
         return False
     router = mlp.router
     fits = router.adapter is None and router.activations == "float32" and norm.weight.shape[0] <= 8192

@@ -35,6 +35,7 @@ __all__ = [
     "RMSNorm",
     "Step",
     "Watched",
+    "is_plain",
 ]
 
 Array = Any  # an array of the ops' kind
@@ -92,6 +93,11 @@ class Watched:
     def __setattr__(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
         Watched.changes += 1
+
+
+def is_plain(part: object, kind: type, ops: Ops) -> bool:
+    """Whether a part of a model is what it was made as, on these ops, so that others may stand for its calls."""
+    return type(part) is kind and getattr(part, "ops", None) is ops
 
 
 @dataclass

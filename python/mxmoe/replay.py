@@ -16,7 +16,19 @@ from numpy.typing import NDArray
 from mxmoe import _core, ops
 from mxmoe.inspection import Taps
 from mxmoe.kv_cache import KVCache, Pages
-from mxmoe.layers import Attention, DecoderLayer, Embedding, Experts, Linear, LowRank, MoE, RMSNorm, Step, Watched
+from mxmoe.layers import (
+    Attention,
+    DecoderLayer,
+    Embedding,
+    Experts,
+    Linear,
+    LowRank,
+    MoE,
+    RMSNorm,
+    Step,
+    Watched,
+    is_plain,
+)
 
 if TYPE_CHECKING:
     from mxmoe.model import Transformer
@@ -40,10 +52,6 @@ def _code() -> tuple[Callable[..., Any], ...]:
 _OWN_CODE = _code()
 
 
-def _is_plain(part: object, kind: type) -> bool:
-    return type(part) is kind and getattr(part, "ops", ops) is ops
-
-
 def _takes_all_layers(model: Transformer) -> bool:
     """Whether every layer does nothing but call ops: that is all that is recorded."""
 
@@ -52,20 +60,20 @@ def _takes_all_layers(model: Transformer) -> bool:
             return False
         attn, mlp = layer.self_attn, layer.mlp
         parts = [(layer.input_layernorm, RMSNorm), (layer.post_attention_layernorm, RMSNorm), (attn, Attention)]
-        if not all(_is_plain(part, kind) for part, kind in [*parts, (mlp, MoE)]):
+        if not all(is_plain(part, kind, ops) for part, kind in [*parts, (mlp, MoE)]):
             return False
         linears = (*attn.projections, mlp.router)
-        if not all(_is_plain(linear, Linear) for linear in linears):
+        if not all(is_plain(linear, Linear, ops) for linear in linears):
             return False
         adapters = [linear.adapter for linear in linears if linear.adapter is not None]
         # An adapter of the experts begins with a copy of what goes into them, and that is no op.
         return (
-            all(_is_plain(adapter, LowRank) for adapter in adapters)
-            and _is_plain(mlp.experts, Experts)
+            all(is_plain(adapter, LowRank, ops) for adapter in adapters)
+            and is_plain(mlp.experts, Experts, ops)
             and mlp.experts.adapter is None
         )
 
-    return _is_plain(model.embed_tokens, Embedding) and all(map(fits, model.layers))
+    return is_plain(model.embed_tokens, Embedding, ops) and all(map(fits, model.layers))
 
 
 class _Recorded:
