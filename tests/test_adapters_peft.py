@@ -182,11 +182,34 @@ def test_adapters_beside_layers_rounded_to_int8(tmp_path: Path, dtype: Any) -> N
     grads = [p.grad for name, p in model.named_parameters() if "lora_" in name]
     assert grads and all(grad is not None and bool(torch.isfinite(grad).all()) for grad in grads)
     want = logits_of(model.eval(), ids)
-    with pytest.raises(ValueError, match="cannot be merged into weights rounded to int8"):
-        model.merge_and_unload()
     model.save_pretrained(tmp_path)
     again = reloaded(load_mxmoe(TINY, dtype=dtype, dense="int8"), tmp_path)
     assert_exact(logits_of(again, ids), want)
+
+
+@pytest.mark.parametrize("isa", mxmoe._core.available_isas())
+@pytest.mark.parametrize("helped", [True, False])
+def test_nothing_merges_into_layers_rounded_to_int8(isa: str, helped: bool) -> None:
+    """Packed or not, PEFT's configuration or ours: the error is the same, and the model goes on as it was."""
+    ids, targets = torch.arange(20)[None], ["q_proj", "lm_head"]
+    config = lora(target_modules=targets, target_parameters=None)
+    if not helped:
+        config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=targets)
+    with mxmoe.ops.isa(isa):
+        model = randomized(load_mxmoe(TINY, dtype=torch.bfloat16, dense="int8"), config)
+        want = logits_of(model, ids)
+        for merge in (
+            model.merge_and_unload,
+            model.merge_adapter,
+            lambda: model.merge_and_unload(safe_merge=True),
+            lambda: model.merge_adapter(safe_merge=True),
+        ):
+            with pytest.raises(ValueError, match=r"rounded to int8, and an adapter cannot be merged.*dense='mxmoe'"):
+                merge()
+            assert_exact(logits_of(model, ids), want)
+        with model.disable_adapter():
+            base = logits_of(model, ids)
+        assert_exact(logits_of(model.unload(), ids), base)
 
 
 def test_merging_can_be_taken_back() -> None:

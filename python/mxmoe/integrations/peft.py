@@ -24,9 +24,9 @@ from peft import LoraConfig
 from peft.tuners.lora import Linear as LoraLinear
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 
-from mxmoe.integrations._transformers.modules import Int8Linear, Linear, Mxfp4Experts
+from mxmoe.integrations._transformers.modules import Linear, Mxfp4Experts
 
-__all__ = ["DenseLora", "ExpertsLora", "Int8Lora", "with_experts"]
+__all__ = ["DenseLora", "ExpertsLora", "with_experts"]
 
 # The others that PEFT has begin by changing the weight beside which they stand.
 _INITS = (True, False, "gaussian", "orthogonal")
@@ -84,19 +84,11 @@ class DenseLora(LoraLinear):  # type: ignore[misc]
         super().unmerge()
 
 
-class Int8Lora(LoraLinear):  # type: ignore[misc]
-    """A low-rank adapter beside a dense layer that has been rounded to int8; PEFT makes it, see `with_experts`."""
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Raise ValueError: the sum would have to be rounded once more."""
-        raise ValueError("an adapter cannot be merged into weights rounded to int8; keep it beside them")
-
-
 def with_experts(config: LoraConfig) -> LoraConfig:
     """Let a configuration's ``target_modules`` name ``"experts"``, packed or of transformers' own kind.
 
     Adapters beside dense layers can then be merged, too (PEFT alone does not know the packed form), but for layers
-    that have been rounded to int8: there it is an error that says so.
+    that have been rounded to int8: those refuse, whoever has made the adapter.
 
     PEFT does not store this: say it again where a saved configuration is read.
 
@@ -122,6 +114,5 @@ def with_experts(config: LoraConfig) -> LoraConfig:
     if config.init_lora_weights not in _INITS:
         wanted = ", ".join(map(repr, _INITS))
         raise ValueError(f"init_lora_weights is {config.init_lora_weights!r}; wanted one of {wanted}")
-    dense = {Linear: DenseLora, Int8Linear: Int8Lora}
-    config._register_custom_module({Mxfp4Experts: ExpertsLora, GptOssExperts: ExpertsLora, **dense})
+    config._register_custom_module({Mxfp4Experts: ExpertsLora, GptOssExperts: ExpertsLora, Linear: DenseLora})
     return config

@@ -112,6 +112,25 @@ class Linear(Panels, torch.nn.Linear):
         return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
 
 
+class RoundedWeight:
+    """Stands where a layer's weight was, for those who ask what it was: its values are no longer there.
+
+    What merges an adapter asks for them, whoever has made the adapter. Adding it to the integers would lose it.
+    """
+
+    def __init__(self, weight: torch.Tensor) -> None:
+        self.shape, self.device, self.dtype = weight.shape, weight.device, torch.int8
+
+    @property
+    def data(self) -> torch.Tensor:
+        """Raise ValueError."""
+        raise ValueError(
+            "this layer's weight has been rounded to int8, and an adapter cannot be merged into that: keep it "
+            "beside the layer, or load the model with dense='mxmoe' and the adapter's configuration through "
+            "mxmoe.integrations.peft.with_experts to merge"
+        )
+
+
 class Int8Linear(torch.nn.Linear):
     """A dense layer on `mxmoe.ops.linear` whose weight has been rounded to int8, and is frozen.
 
@@ -126,12 +145,14 @@ class Int8Linear(torch.nn.Linear):
     Attributes
     ----------
     weight : (out_features, in_features)
-        What is loaded into it, until `round` is called; then int8 or, by panels, uint8 (see `mxmoe.packing`).
+        What is loaded into it, until `round` is called; then a `RoundedWeight`.
+    weight_codes : (out_features, in_features) int8, or by panels (see `mxmoe.packing`)
     weight_scales : (out_features, in_features / 32) bfloat16, or by panels
-        From `round` on.
+        Both from `round` on.
     bias : (out_features,) or None
     """
 
+    weight_codes: torch.nn.Parameter
     weight_scales: torch.Tensor
 
     def __init__(self, in_features: int, out_features: int, bias: bool, activations: Activations) -> None:
@@ -146,13 +167,15 @@ class Int8Linear(torch.nn.Linear):
         codes, scales = int8_quantize(_bfloat16(held) if held.dtype == torch.bfloat16 else held.float().numpy())
         if can_pack(self.out_features, self.in_features) and prefers_packed(self.activations, "int8"):
             codes, scales = pack_linear(codes, scales)
-        self.weight = torch.nn.Parameter(torch.from_numpy(codes), requires_grad=False)
+        del self.weight
+        self.weight = RoundedWeight(held)  # type: ignore[assignment]
+        self.weight_codes = torch.nn.Parameter(torch.from_numpy(codes), requires_grad=False)
         self.register_buffer("weight_scales", _tensor(scales))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in_features) -> (..., out_features), dtype of `x`."""
         rows, scales = x.reshape(-1, self.in_features), self.weight_scales
-        y = linear(rows, self.weight, self.bias, scales=scales, activations=self.activations)
+        y = linear(rows, self.weight_codes, self.bias, scales=scales, activations=self.activations)
         return y.to(x.dtype).reshape(*x.shape[:-1], self.out_features)
 
 
