@@ -6,7 +6,6 @@ import functools
 import gc
 import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -15,17 +14,14 @@ import pytest
 import checkpoints
 import mxmoe
 from compare import MODEL_NOISE, assert_exact, assert_model_close
+from cuda_models import GPU_MODES, IDS, loader, plain, small_pages
 from mxmoe import cuda
 from mxmoe.checkpoint import Checkpoint
-from mxmoe.decoding import _Recording
 from mxmoe.kv_cache import KVCache
 from mxmoe.reference import model as reference
-from mxmoe.sampling import Sampler, SamplingParams
 from op_helpers import BF16
 from small_models import CONFIG, MODES, in_chunks, random_ids, write
 
-IDS = random_ids(90)
-GPU_MODES = {name: MODES[name] | {"device": "cuda"} for name in ("float32", "bf16")}
 PRIMES = [2, 3, 5, 7, 11, 13, 17, 19, 23]
 
 
@@ -36,13 +32,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def load(folder):
-    """Models by the extension they run on and their mode, loaded once."""
-
-    @functools.cache
-    def cached(module, mode):
-        return mxmoe.load(folder, **GPU_MODES[mode])
-
-    return cached
+    return loader(folder)
 
 
 @pytest.fixture
@@ -57,17 +47,6 @@ def truth(folder):
     seen = {}
     logits = reference.forward(Checkpoint.open(folder), IDS[:50], capture=seen)
     return logits, seen
-
-
-def plain(model):
-    """Keep a model from replaying graphs: somebody watches."""
-    return model.hook("logits", lambda value, context: None)
-
-
-def small_pages(model, max_tokens, num_sequences=1):
-    """A cache of many blocks, so that sequences grow into new ones and past what a graph was made for."""
-    options = {"num_sequences": num_sequences, "dtype": model.options.kv, "step_tokens": 64}
-    return KVCache(CONFIG, max_tokens, block_size=8, device=model.new_cache(1).device, **options)
 
 
 # Right
@@ -279,286 +258,6 @@ def test_kernels_of_a_step_overlap(gpu, folder, monkeypatch):
     monkeypatch.setenv("MXMOE_CUDA_OVERLAP", "0")
     plain = graph_of(mxmoe.load(folder, **GPU_MODES["bf16"]))
     assert (plain.num_nodes, plain.num_overlaps) == (graph.num_nodes, 0)
-
-
-# Generation
-
-
-def generated(model, prompt, count, **options):
-    return [s.token_id for s in model.generate(prompt, count, stop_token_ids=[], **options)]
-
-
-def test_greedy_tokens_are_those_of_the_logits(model):
-    steps = list(model.generate(IDS[:30], 25, stop_token_ids=[]))
-    ids = np.concatenate([IDS[:30], [s.token_id for s in steps]])
-    logits = model.forward(ids)[29:-1].astype(np.float64)
-    assert_exact(np.array([s.token_id for s in steps]), logits.argmax(axis=1))
-    top = logits.max(axis=1)
-    want = -np.log(np.exp(logits - top[:, None]).sum(axis=1))
-    np.testing.assert_allclose([s.logprob for s in steps], want, rtol=1e-5, atol=1e-5)
-
-
-def test_generation_is_that_of_the_cpu(gpu, load, folder):
-    model, cpu = load(gpu, "float32"), mxmoe.load(folder, **MODES["float32"])
-    for options in ({}, {"temperature": 0.8, "top_p": 0.9, "seed": 3}):
-        assert generated(model, IDS[:4], 4, **options) == generated(cpu, IDS[:4], 4, **options)
-
-
-def test_a_batch_gives_what_each_gives_alone(model):
-    prompts = [random_ids(n, seed=n) for n in (12, 1, 30)]
-    for options in ({}, {"temperature": 1.0}):
-        together = model.generate_batch(prompts, 6, **options)
-        for i, (prompt, one) in enumerate(zip(prompts, together, strict=True)):
-            alone = list(model.generate(prompt, 6, seed=i, **options))
-            assert [s.token_id for s in alone] == one.token_ids
-            assert [s.logprob for s in alone] == one.logprobs
-
-
-@pytest.fixture
-def starts(monkeypatch):
-    """The ids that every step launched by a decoder was given: None for those of the step before."""
-    seen = []
-    start = _Recording.start
-
-    def spy(self, model, cache, rope, ids, *rest):
-        seen.append(ids)
-        return start(self, model, cache, rope, ids, *rest)
-
-    monkeypatch.setattr(_Recording, "start", spy)
-    return seen
-
-
-def test_the_next_step_is_launched_before_the_last_token_is_read(model, starts):
-    steps = model.generate(IDS[:5], 6, stop_token_ids=[])
-    tokens = [next(steps).token_id, next(steps).token_id]
-    assert [ids is None for ids in starts] == [False, True]  # the prompt's token came another way
-    tokens += [step.token_id for step in steps]
-    assert [ids is None for ids in starts] == [False, *[True] * 4]  # no step for a seventh
-    ids = np.concatenate([IDS[:5], tokens])
-    assert_exact(np.array(tokens), model.forward(ids)[4:-1].argmax(axis=1))
-
-
-def test_a_step_launched_in_vain_leaves_nothing(model, starts):
-    tokens = generated(model, IDS[:20], 8)
-    del starts[:]
-    cache, other = (small_pages(model, 40) for _ in range(2))
-    steps = list(model.generate(IDS[:20], 8, stop_token_ids=[tokens[3]], cache=cache))
-    assert len(steps) == 4 and len(starts) == 4  # one of them past the stop token
-    assert cache.lengths == (23,)
-    ids = np.concatenate([IDS[:20], tokens[:3], IDS[23:30]])
-    assert_exact(in_chunks(model, ids[23:], [1] * 7, cache), model.forward(ids)[23:])
-    # What stands in its place is never seen, wherever the cache is used next.
-    steps = model.generate(IDS[:20], 8, stop_token_ids=[], cache=other)
-    for _ in range(3):
-        next(steps)
-    steps.close()
-    other.reset()
-    assert_exact(in_chunks(model, IDS[:29], [9, *[1] * 20], other), model.forward(IDS[:29]))
-
-
-def test_drawn_tokens_are_those_of_the_host(model, starts):
-    """The same numbers, however a step runs: launched ahead, or watched and then drawn apart."""
-    for options in ({"temperature": 1.0}, {"temperature": 1.5, "top_p": 0.8, "top_k": 30, "min_p": 0.02, "seed": 7}):
-        sampler = Sampler(SamplingParams(**{k: v for k, v in options.items() if k != "seed"}), options.get("seed", 0))
-        ids = list(IDS[:9])
-        for _ in range(9):
-            ids.append(sampler(model.forward(ids, logits="last")[0])[0])
-        want = ids[9:]
-        assert not starts
-        assert generated(model, IDS[:9], 9, **options) == want
-        assert [ids is None for ids in starts] == [False, *[True] * 7]
-        del starts[:]
-        steps, tokens = model.generate(IDS[:9], 9, stop_token_ids=[], **options), []
-        for i in range(9):
-            if i == 5:
-                with plain(model):
-                    tokens.append(next(steps).token_id)
-            else:
-                tokens.append(next(steps).token_id)
-        assert tokens == want
-        del starts[:]
-
-
-def test_changes_between_steps_are_felt_by_the_next(gpu, folder):
-    def tokens_of(between, ahead):
-        model = mxmoe.load(folder, **GPU_MODES["bf16"])
-        cache, token = small_pages(model, 60), IDS[0]
-        tokens = []
-        for i in range(9):
-            where = {"cache": cache, "ahead": ahead}
-            token = model.likeliest([token], **where)[0][0]
-            tokens.append(int(token))
-            if i in (3, 6):
-                between(model, cache)
-        return tokens
-
-    def other_head(model, cache):
-        head = model.lm_head.weight
-        head.set(np.ascontiguousarray(head.numpy()[::-1]))
-
-    def other_norm(model, cache):
-        model.norm.weight = cuda.array(-model.norm.weight.numpy())
-
-    def other_history(model, cache):
-        length = cache.lengths[0]
-        cache.reset()
-        model.forward(IDS[30 : 30 + length], cache=cache)
-
-    def hook(model, cache):
-        model.hook("layers.0.residual", lambda x, _: 0.5 * x)
-
-    def another_token(model, cache):
-        model.forward([5], cache=cache)
-
-    want = tokens_of(lambda *_: None, False)
-    assert tokens_of(lambda *_: None, True) == want
-    for between in (other_head, other_norm, other_history, hook, another_token):
-        changed = tokens_of(between, False)
-        assert tokens_of(between, True) == changed
-        assert changed != want, between
-
-
-def test_a_full_cache_ends_it(model):
-    cache = small_pages(model, 12)
-    assert len(generated(model, IDS[:4], 9, cache=cache)) == 9
-    assert cache.lengths == (12,)
-    cache.reset()
-    token = IDS[0]
-    for _ in range(12):
-        (token,), _ = model.likeliest([token], cache=cache, ahead=True)
-    with pytest.raises(ValueError, match="1 more do not fit"):
-        model.likeliest([token], cache=cache, ahead=True)
-
-
-def test_stop_tokens_end_it(model):
-    tokens = generated(model, IDS[:20], 12)
-    steps = list(model.generate(IDS[:20], 12, stop_token_ids=[tokens[4]]))
-    assert [s.token_id for s in steps] == tokens[: tokens.index(tokens[4]) + 1]
-    assert steps[-1].finish_reason == "stop"
-
-
-def test_broken_weights_are_told(gpu, folder):
-    model = mxmoe.load(folder, **GPU_MODES["bf16"])
-    model.norm.weight = cuda.array(np.full(CONFIG.hidden_size, np.nan, np.float32))
-    for options in ({}, {"temperature": 1.0}):
-        with pytest.raises(ValueError, match="are the weights or a hook broken"):
-            generated(model, IDS[:5], 3, **options)
-    good = mxmoe.load(folder, **GPU_MODES["bf16"])
-    steps = good.generate(IDS[:5], 9, temperature=1.0, stop_token_ids=[])
-    next(steps), next(steps)
-    good.norm.weight = model.norm.weight
-    with pytest.raises(ValueError, match="the logits hold a NaN or infinity"):
-        next(steps)
-
-
-def test_threads_of_python_share_one_model(gpu, load):
-    model = load(gpu, "bf16")
-    prompts = [random_ids(n, seed=n) for n in (9, 20)]
-    want = [generated(model, p, 6) for p in prompts]
-
-    def run(prompt):
-        cuda.use(gpu)
-        return generated(model, prompt, 6)
-
-    with ThreadPoolExecutor(2) as pool:
-        assert list(pool.map(run, prompts)) == want
-
-
-# Looking inside, and changing
-
-
-def test_hooks_see_and_change_what_they_do_on_the_cpu(gpu, load, folder):
-    seen = {}
-
-    def ablate(logits, context):
-        seen.setdefault(context.site, []).append(context.positions.copy())
-        logits[:, 3] = -np.inf
-
-    results = []
-    for model in (load(gpu, "float32"), mxmoe.load(folder, **MODES["float32"])):
-        with model.hook("layers.*.router_logits", ablate), model.hook("layers.1.keys", lambda k, _: 0.5 * k):
-            results.append(model.forward(IDS[:6], capture=["layers.2.topk_ids", "layers.0.sink_share"]))
-        results.append(model.forward(IDS[:6], capture=["layers.2.topk_ids"]))
-    (got, captured), (bare, _), (want, wanted), (bare_want, _) = results
-    assert_model_close(got, want, limit=MODEL_NOISE)
-    assert_model_close(bare, bare_want, limit=MODEL_NOISE)
-    assert np.abs(got - bare).max() > 0.01
-    assert_exact(captured["layers.2.topk_ids"], wanted["layers.2.topk_ids"])
-    assert not (captured["layers.2.topk_ids"] == 3).any()
-    np.testing.assert_allclose(captured["layers.0.sink_share"], wanted["layers.0.sink_share"], rtol=1e-4, atol=1e-6)
-    assert len(seen) == 3
-    changing = load(gpu, "float32").hook("layers.0.sink_share", lambda share, _: share + 1)
-    with changing, pytest.raises(ValueError, match="read-only"):
-        load(gpu, "float32").forward(IDS[:3])
-
-
-def test_a_hook_between_decoding_steps_is_felt(model):
-    cache = model.new_cache(60)
-    model.forward(IDS[:10], cache=cache)
-    for i in (10, 11, 12):
-        model.forward(IDS[i : i + 1], cache=cache)
-    with model.hook("layers.0.residual", lambda x, _: np.zeros_like(x)):
-        changed = model.forward(IDS[13:14], cache=cache)
-    cache.reset()
-    model.forward(IDS[:13], cache=cache)
-    assert_exact(model.forward(IDS[13:14], cache=cache), model.forward(IDS[:14])[13:])
-    assert (changed != model.forward(IDS[:14])[13:]).any()
-
-
-def test_new_weights_are_taken_by_the_next_step(gpu, folder):
-    model = mxmoe.load(folder, **GPU_MODES["bf16"])
-    cache = model.new_cache(60)
-    before = in_chunks(model, IDS[:9], [1] * 9, cache)
-    scale = np.linspace(0.5, 2.0, CONFIG.hidden_size, dtype=np.float32)
-    changes = [
-        lambda: setattr(model.layers[1].input_layernorm, "weight", cuda.array(scale)),
-        lambda: setattr(model.layers[0].mlp.router, "weight", cuda.array(np.ascontiguousarray(router[::-1]))),
-        lambda: model.layers.reverse(),
-        lambda: model.lm_head.weight.set(np.ascontiguousarray(head[::-1])),  # in place
-    ]
-    router, head = (part.weight.numpy() for part in (model.layers[0].mlp.router, model.lm_head))
-    for change in changes:
-        change()
-        cache.reset()
-        with plain(model):
-            want = in_chunks(model, IDS[:9], [1] * 9, cache)
-        cache.reset()
-        got = in_chunks(model, IDS[:9], [1] * 9, cache)
-        assert_exact(got, want)
-        assert (got != before).any()
-        before = got
-
-
-def test_an_adapter_beside_the_layers(gpu, load, folder):
-    from mxmoe.adapters import bfloat16_parts
-    from mxmoe.layers import LowRank
-
-    def put(model, there):
-        rng = np.random.default_rng(7)
-        layer = model.layers[1]
-        for part in (*layer.self_attn.projections, layer.mlp.experts, layer.mlp.router, model.lm_head):
-            size = (CONFIG.hidden_size,) * 2
-            if part is not layer.mlp.experts:
-                size = part.out_features, part.held[0].shape[1] if not part.packed else CONFIG.hidden_size
-            a, b = (0.1 * rng.standard_normal(shape) for shape in ((4, size[1]), (size[0], 4)))
-            parts = [tuple(map(there, bfloat16_parts(x.astype(np.float32), exact=False))) for x in (a, b)]
-            part.adapter = LowRank(part.ops, *parts, part.activations)
-        return model.forward(IDS[:12])
-
-    model = mxmoe.load(folder, **GPU_MODES["float32"])
-    got = put(model, cuda.array)
-    assert_model_close(got, put(mxmoe.load(folder, **MODES["float32"]), lambda x: x), limit=MODEL_NOISE)
-    assert np.abs(got - load(gpu, "float32").forward(IDS[:12])).max() > 0.01
-    assert_exact(in_chunks(model, IDS[:12], [8, *[1] * 4]), got)
-
-
-def test_layers_whose_activations_differ(gpu, folder):
-    model = mxmoe.load(folder, **GPU_MODES["bf16"])
-    want = model.forward(IDS[:20])
-    model.layers[0].self_attn.k_proj.activations = "float32"
-    got = model.forward(IDS[:20])
-    assert (got != want).any()
-    assert_model_close(got, want, limit=0.05)
 
 
 # Memory

@@ -10,6 +10,7 @@ from typing import Any
 from unittest import mock
 
 import pytest
+from safetensors.torch import load_file
 
 import checkpoints
 from mxmoe.checkpoint import Checkpoint
@@ -111,3 +112,17 @@ def assert_logits(got: Any, want: Any, mask: Any = None, limit: float = NOISE) -
     assert torch.isfinite(got[rows]).all()
     error = (got - want)[rows].abs().amax(-1) / want[rows].std(-1)
     assert error.median() <= limit and (error > 10 * limit).double().mean() <= 0.02, f"off by up to {error.max():.3g}"
+
+
+def tensors(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        found |= load_file(path)
+    return found
+
+
+def assert_same_tensors(got: dict[str, Any], want: dict[str, Any]) -> None:
+    assert got.keys() == want.keys()
+    for key, tensor in want.items():
+        assert got[key].dtype == tensor.dtype and got[key].shape == tensor.shape, key
+        assert torch.equal(got[key].view(torch.uint8), tensor.view(torch.uint8)), key
