@@ -72,6 +72,14 @@ def test_median_is_of_each_rate_alone() -> None:
     assert meter.median() == Ceilings(2.0, 20.0, 5.0, 8.0)
 
 
+def test_a_sample_is_the_best_of_its_passes() -> None:
+    meter = CeilingMeter(1, SMALL)
+    samples = [meter.sample() for _ in range(2)]
+    half = len(meter.passes) // 2
+    assert half > 1
+    assert [s.read_gb_s for s in samples] == [max(meter.passes[:half]), max(meter.passes[half:])]
+
+
 def test_floor_is_the_longer_of_the_two() -> None:
     ceilings = Ceilings(10.0, 400.0, 200.0, 100.0)
     assert ceilings.seconds(1e10, 1e9, "int8") == pytest.approx(1.0)

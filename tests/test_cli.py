@@ -114,6 +114,8 @@ def test_bench_json(model: str) -> None:
     assert prefill["share_of_peak"] == pytest.approx(rate / ceilings["float32_gflop_s"])
     read = sum(costs.decode_bytes(depth) for depth in (5, 6, 7)) / decode["seconds"] / 1e9
     assert decode["share_of_bandwidth"] == pytest.approx(read / ceilings["read_gb_s"])
+    assert 0 < ceilings["read_gb_s_typical"] <= ceilings["read_gb_s_max"]
+    assert decode["share_of_typical_bandwidth"] == pytest.approx(read / ceilings["read_gb_s_typical"])
 
 
 def test_bench_counts_the_experts_of_a_batch(model: str) -> None:
