@@ -43,6 +43,17 @@ def test_a_missing_barrier_or_wait_gives_wrong_results(emulation, name, seed):
 
 
 @pytest.mark.parametrize("seed", SEEDS)
+def test_phases_are_waited_for(emulation, seed):
+    assert run(emulation, "ring", seed)[:64].tolist() == VALUES[31::-1] + VALUES[:31:-1]
+
+
+@pytest.mark.parametrize("name", ["ring without a wait for what is full", "ring without a wait for what is empty"])
+def test_a_phase_that_is_not_waited_for_shows_in_some_orders(emulation, name):
+    right = [run(emulation, name, seed)[:64].tolist() == VALUES[31::-1] + VALUES[:31:-1] for seed in range(16)]
+    assert not all(right)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
 def test_shared_memory_begins_poisoned(emulation, seed):
     assert np.isnan(run(emulation, "unwritten shared memory", seed)[:64]).all()
     assert run(emulation, "shared", seed)[:64].tolist() == VALUES
@@ -66,6 +77,8 @@ FAULTS = {
     "divergent collectives": "different collectives: __shfl",
     "missing lanes": "waits in __shfl_xor_sync for threads that never come",
     "misaligned async": "cp.async with an address that is not aligned to 16 bytes",
+    "ring without an arrival": "waits in mbarrier.try_wait for threads that never come",
+    "ring without a beginning": "mbarrier.* on what nobody has initialised",
 }
 
 

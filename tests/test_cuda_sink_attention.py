@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,11 +15,46 @@ from mxmoe import cuda, ops
 from mxmoe.reference import ops as reference
 from op_helpers import FLOATS
 
-# The cache's dtype and whether queries and weights are rounded, as in attention_case.
-MODES = ["float32", "bfloat16", "bfloat16/bf16"]
-SPLIT, WHOLE = "sink_attention_bf16_split_sm80_kernel", "sink_attention_bf16_sm80_kernel"
+
+@dataclass(frozen=True)
+class Form:
+    """The cache's dtype and whether queries and weights are rounded, as in attention_case; and whose kernels run."""
+
+    mode: str
+    head_dim: int = 32
+    architecture: str = "sm_80"
+
+
+FORMS = {
+    "float32": Form("float32"),
+    "bfloat16": Form("bfloat16"),
+    "bfloat16/bf16": Form("bfloat16/bf16"),
+    "hopper": Form("bfloat16/bf16", 64, "sm_90a"),
+}
+TENSOR_CORES = list(FORMS)[2:]
+NOT_ROUNDED_TWICE = [name for name in FORMS if name != "bfloat16"]
+SPLIT, WHOLE = "sink_attention_bf16_split_{}_kernel", "sink_attention_bf16_{}_kernel"
 SIMT = "sink_attention_simt_sm80_kernel"
 RAGGED = [(0, 0), (3, 3), (0, 5), (1, 70), (33, 33), (5, 200), (1, 1), (0, 0), (17, 90)]
+
+
+@pytest.fixture(params=FORMS)
+def form(request, gpu):
+    """Run a test once in every form, or in those that it names."""
+    chosen = FORMS[request.param]
+    if chosen.architecture not in gpu.available_architectures():
+        pytest.skip("no Hopper GPU")
+    with cuda.architecture(chosen.architecture):
+        yield chosen
+
+
+few_forms = pytest.mark.parametrize("form", NOT_ROUNDED_TWICE, indirect=True)
+tensor_cores = pytest.mark.parametrize("form", TENSOR_CORES, indirect=True)
+
+
+def kernel(name, form):
+    """Give one of the tensor cores' kernels its architecture."""
+    return name.format(form.architecture.replace("sm_", "sm").rstrip("a"))
 
 
 def run(case, dtype="float32", **changes: Any):
@@ -48,60 +83,62 @@ def check(got, case, dtype="float32"):
 
 
 @pytest.mark.parametrize("head_dim", [1, 7, 16, 32, 33, 64, 80, 128, 256])
-@pytest.mark.parametrize("mode", MODES)
-def test_any_head_dim(gpu, head_dim, mode):
-    case = make([(3, 70), (1, 9)], head_dim=head_dim, kv_dtype=mode)
+def test_any_head_dim(gpu, head_dim, form):
+    case = make([(3, 70), (1, 9)], head_dim=head_dim, kv_dtype=form.mode)
     check(run(case), case)
-    tensor_cores = mode == "bfloat16/bf16" and head_dim in (32, 64, 128)
-    assert (gpu.last_kernels()["sink_attention"] == SIMT) != tensor_cores
+    ran = gpu.last_kernels()["sink_attention"]
+    if form.mode != "bfloat16/bf16" or head_dim not in (32, 64, 128):
+        assert ran == SIMT
+    elif head_dim != 64:
+        assert ran == WHOLE.format("sm80")
+    else:
+        assert ran == kernel(WHOLE, form)
 
 
 @pytest.mark.parametrize("heads", [(1, 1), (3, 3), (4, 2), (8, 1), (6, 2), (17, 1), (64, 8)])
 @pytest.mark.parametrize("window", [None, 20])
-@pytest.mark.parametrize("mode", MODES[::2])
-def test_any_number_of_heads(gpu, heads, window, mode):
-    case = make([(3, 70), (7, 30)], heads, 32, kv_dtype=mode, window=window)
+@few_forms
+def test_any_number_of_heads(gpu, heads, window, form):
+    case = make([(3, 70), (7, 30)], heads, form.head_dim, kv_dtype=form.mode, window=window)
     check(run(case), case)
 
 
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("q_dtype", FLOATS)
 @pytest.mark.parametrize("y_dtype", FLOATS)
 @pytest.mark.parametrize("sinks_dtype", FLOATS)
 @pytest.mark.parametrize("length", [40, 300])
-def test_any_dtypes(gpu, mode, q_dtype, y_dtype, sinks_dtype, length):
-    case = make([(2, length)], (8, 2), 32, mode, q_dtype, sinks_dtype)
+def test_any_dtypes(gpu, form, q_dtype, y_dtype, sinks_dtype, length):
+    case = make([(2, length)], (8, 2), form.head_dim, form.mode, q_dtype, sinks_dtype)
     check(run(case, y_dtype), case, y_dtype)
 
 
-@pytest.mark.parametrize("mode", MODES[::2])
+@few_forms
 @pytest.mark.parametrize("window", [None, 1, 2, 31, 32, 33, 127, 128, 129, 300, 2**31, 2**62])
 @pytest.mark.parametrize("new", [1, 20])
-def test_any_window(gpu, window, new, mode):
-    case = make([(new, 300)], (2, 1), 32, kv_dtype=mode, window=window)
+def test_any_window(gpu, window, new, form):
+    case = make([(new, 300)], (2, 1), form.head_dim, kv_dtype=form.mode, window=window)
     check(run(case), case)
 
 
-@pytest.mark.parametrize("mode", MODES[::2])
+@few_forms
 @pytest.mark.parametrize("length", [1, 2, 31, 32, 33, 64, 127, 128, 129, 257, 520])
 @pytest.mark.parametrize("new", [1, 3])
-def test_any_length(gpu, length, new, mode):
-    case = make([(min(new, length), length)] * 2, (4, 1), 32, mode)
+def test_any_length(gpu, length, new, form):
+    case = make([(min(new, length), length)] * 2, (4, 1), form.head_dim, form.mode)
     check(run(case), case)
 
 
 @pytest.mark.parametrize("block_size", [1, 16, 65, 300])
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("window", [None, 33])
-def test_ragged_batches_on_any_pages(gpu, block_size, mode, window):
-    case = make(RAGGED, head_dim=32, kv_dtype=mode, window=window, block_size=block_size)
+def test_ragged_batches_on_any_pages(gpu, block_size, form, window):
+    case = make(RAGGED, head_dim=form.head_dim, kv_dtype=form.mode, window=window, block_size=block_size)
     check(run(case), case)
 
 
-@pytest.mark.parametrize("mode", MODES[::2])
+@few_forms
 @pytest.mark.parametrize("window", [None, 50])
-def test_sink_share(gpu, mode, window):
-    case = make([(3, 30), (2, 300)], head_dim=32, kv_dtype=mode, window=window)
+def test_sink_share(gpu, form, window):
+    case = make([(3, 30), (2, 300)], head_dim=form.head_dim, kv_dtype=form.mode, window=window)
     share = poisoned_up(case.q.shape[:2])
     got = run(case, sink_share=share)
     assert_exact(got, run(case))
@@ -112,20 +149,19 @@ def test_sink_share(gpu, mode, window):
     assert_close(down(share), want, baseline=baseline, dtype=coarsest, out_dtype="float32", scale=1.0)
 
 
-@pytest.mark.parametrize("mode", MODES[::2])
+@few_forms
 @pytest.mark.parametrize("sink", [-np.inf, -30.0, 30.0, 1e30])
 @pytest.mark.parametrize("sm_scale", [0.0, 1.0, -1.0])
-def test_sinks_and_scores_of_any_size(gpu, mode, sink, sm_scale):
-    case = replace(make([(2, 200)], head_dim=32, kv_dtype=mode), sm_scale=sm_scale)
+def test_sinks_and_scores_of_any_size(gpu, form, sink, sm_scale):
+    case = replace(make([(2, 200)], head_dim=form.head_dim, kv_dtype=form.mode), sm_scale=sm_scale)
     case.sinks[:] = sink
     check(run(case), case)
 
 
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("window", [None, 40])
-def test_bits_do_not_depend_on_split_pages_and_company(gpu, mode, window):
+def test_bits_do_not_depend_on_split_pages_and_company(gpu, form, window):
     length = 150
-    case = make([(length, length), (3, 290)], (4, 2), 32, mode, window=window)
+    case = make([(length, length), (3, 290)], (4, 2), form.head_dim, form.mode, window=window)
     want = run(case)
     for size in (1, 7, 64):
         start = length - 2 * size
@@ -138,25 +174,27 @@ def test_bits_do_not_depend_on_split_pages_and_company(gpu, mode, window):
     assert_exact(run(case, max_seq_len=None), want)
 
 
-def test_split_and_whole_give_the_same_bits(gpu):
+@tensor_cores
+def test_split_and_whole_give_the_same_bits(gpu, form):
     # Many sequences are enough work without splitting; each alone is not.
-    sequences = [(1, 200 + i) for i in range(40)]
-    case = make(sequences, (2, 1), 32, "bfloat16/bf16", block_size=64)
-    many = make(sequences * 30, (2, 1), 32, "bfloat16/bf16") if gpu.status().devices[0].multiprocessors > 16 else case
+    multiprocessors, tokens = gpu.status().devices[0].multiprocessors, 1 if form.architecture == "sm_80" else 10
+    sequences = [(tokens, 200 + i) for i in range(40)]
+    case = make(sequences, (8, 1), form.head_dim, form.mode, block_size=64)
+    many = make(sequences * 30, (8, 1), form.head_dim, form.mode) if multiprocessors > 16 else case
     want = run(many)
-    assert gpu.last_kernels()["sink_attention"] == WHOLE
+    assert gpu.last_kernels()["sink_attention"] == kernel(WHOLE, form)
     for b in (0, 17, 39):
         length = many.sequences[b][1]
-        assert_exact(run(many.tail(b, length - 1, length)), want[b : b + 1])
-        assert gpu.last_kernels()["sink_attention"] == SPLIT
+        got = run(many.tail(b, length - 1, length))
+        assert_exact(got, want[tokens * (b + 1) - 1 : tokens * (b + 1)])
+        assert gpu.last_kernels()["sink_attention"] == kernel(SPLIT, form)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_keys_of_missing_blocks_are_not_seen(gpu, mode):
-    case = make([(1, 64)], head_dim=32, kv_dtype=mode, block_size=16)
+def test_keys_of_missing_blocks_are_not_seen(gpu, form):
+    case = make([(1, 64)], head_dim=form.head_dim, kv_dtype=form.mode, block_size=16)
     table = case.kwargs["block_table"].copy()
     table[0, 1], table[0, 2] = -1, 10**6
-    seen = make([(1, 32)], head_dim=32, kv_dtype=mode, block_size=16)
+    seen = make([(1, 32)], head_dim=form.head_dim, kv_dtype=form.mode, block_size=16)
     keep = np.r_[0:16, 48:64]
     seen = replace(
         seen,
@@ -168,9 +206,8 @@ def test_keys_of_missing_blocks_are_not_seen(gpu, mode):
     check(run(case, block_table=table), seen)
 
 
-@pytest.mark.parametrize("mode", MODES)
-def test_a_broken_value_reaches_nobody_who_does_not_see_it(gpu, mode):
-    case = make([(1, 100), (1, 60)], head_dim=32, kv_dtype=mode, window=30)
+def test_a_broken_value_reaches_nobody_who_does_not_see_it(gpu, form):
+    case = make([(1, 100), (1, 60)], head_dim=form.head_dim, kv_dtype=form.mode, window=30)
     want = run(case)
     for stored in (case.keys, case.values):
         stored[0].values[60] = np.nan  # before the first sequence's window
@@ -181,10 +218,11 @@ def test_a_broken_value_reaches_nobody_who_does_not_see_it(gpu, mode):
     assert_exact(got[1:], want[1:])
 
 
-@pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("window", [None, 33])
-def test_padding_before_the_first_key_is_not_felt(gpu, mode, window):
-    case = make([(3, 3), (20, 20), (5, 90), (1, 1), (0, 4)], head_dim=32, kv_dtype=mode, window=window)
+def test_padding_before_the_first_key_is_not_felt(gpu, form, window):
+    case = make(
+        [(3, 3), (20, 20), (5, 90), (1, 1), (0, 4)], head_dim=form.head_dim, kv_dtype=form.mode, window=window
+    )
     case.sinks[1] = -np.inf
     q, kwargs, own = padded_left(case, [0, 1, 64, 210, 9])
     want_share, share = poisoned_up(case.q.shape[:2]), poisoned_up(q.shape[:2])

@@ -100,6 +100,33 @@ __device__ __forceinline__ uint4 load_once_16(const void* p) {
   return v;
 }
 
+// mbarrier (9.7.13.15), from sm_90 on: a barrier in shared memory, 8 bytes, whose phases end when `count` threads
+// have arrived; what they wrote before can be read by who has waited. Phases count from 0; waiting is for the end of
+// the last one with that parity, so that parity 1 of a barrier that is new does not wait. A barrier can be used by
+// others than the one that initialised it after __syncthreads.
+__device__ __forceinline__ void phase_init(uint64_t* barrier, unsigned count) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;\n" ::"r"(shared_address(barrier)), "r"(count) : "memory");
+#endif
+}
+__device__ __forceinline__ void phase_arrive(uint64_t* barrier) {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared::cta.b64 state, [%0];\n}\n" ::"r"(shared_address(barrier))
+               : "memory");
+#endif
+}
+__device__ __forceinline__ void phase_wait(uint64_t* barrier, unsigned parity) {
+#if __CUDA_ARCH__ >= 900
+  unsigned done = 0;
+  while (done == 0) {
+    asm volatile("{\n.reg .pred p;\nmbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.b32 %0, 1, 0, p;\n}\n"
+                 : "=r"(done)
+                 : "r"(shared_address(barrier)), "r"(parity)
+                 : "memory");
+  }
+#endif
+}
+
 // griddepcontrol (9.7.13.13): what the kernel ahead in the stream wrote can be read after the wait; the kernel behind
 // may start its blocks from the release on. Nothing where the instruction is missing and launches never overlap.
 __device__ __forceinline__ void wait_for_previous_kernel() {

@@ -111,7 +111,7 @@ class Costs:
         What lives at once between two ops of a layer, in float32, and again for recorded decoding steps; the rotary
         table; logits; and for each of two streams an op's working memory, which doubles as it grows and keeps what it
         grew out of. That is the largest of the experts' intermediate rows, inputs rounded to bfloat16, and sums of
-        attention's chunks of 128 keys for tiles of 16 rows.
+        attention's chunks of 128 keys.
         """
         c = self.config
         queries = c.num_attention_heads * c.head_dim
@@ -119,9 +119,8 @@ class Costs:
         between = step_tokens * _FLOAT32 * (wide + c.num_experts + 4 * c.experts_per_token)
         experts = step_tokens * c.experts_per_token * (c.intermediate_size + c.hidden_size + 4) * _FLOAT32
         rounded = step_tokens * max(queries, c.hidden_size) * _BF16
-        tiles = step_tokens * c.num_attention_heads // (16 * c.num_key_value_heads) + 1
-        chunk = 16 * (c.head_dim + 4) * _FLOAT32
-        sums = min(_MOST_SUMS, tiles * c.num_key_value_heads * (positions // 128 + 1) * chunk)
+        chunk = (c.head_dim + 2) * _FLOAT32
+        sums = min(_MOST_SUMS, step_tokens * c.num_attention_heads * (positions // 128 + 1) * chunk)
         table, logits = positions * c.head_dim * _FLOAT32, logits_rows * c.vocab_size * _FLOAT32
         return 2 * (between + logits) + table + 8 * max(experts, rounded, sums) + _SMALL_THINGS
 

@@ -43,6 +43,29 @@ __global__ void reverse_async_kernel(const float* in, float* out) {
   out[threadIdx.x] = shared[kThreads - 1 - threadIdx.x];
 }
 
+enum RingMistake { kRight, kNoFullWait, kNoEmptyWait, kNoArrival, kNoInit };
+// Reverses 32 values, then 32 more: one warp puts them where the other takes them, which two mbarriers tell them.
+template <RingMistake kMistake>
+__global__ void ring_kernel(const float* in, float* out) {
+  float* shared = shared_floats();
+  uint64_t* full = reinterpret_cast<uint64_t*>(shared + 32);
+  uint64_t* empty = full + 1;
+  if (kMistake != kNoInit && threadIdx.x == 0) ptx::phase_init(full, 32), ptx::phase_init(empty, 32);
+  __syncthreads();
+  const unsigned lane = threadIdx.x % 32;
+  for (unsigned round = 0; round < 2; ++round) {
+    if (threadIdx.x < 32) {
+      if (kMistake != kNoEmptyWait) ptx::phase_wait(empty, (round + 1) % 2);
+      shared[lane] = in[32 * round + lane];
+      if (kMistake != kNoArrival || lane != 5) ptx::phase_arrive(full);
+    } else {
+      if (kMistake != kNoFullWait) ptx::phase_wait(full, round % 2);
+      out[32 * round + lane] = shared[31 - lane];
+      ptx::phase_arrive(empty);
+    }
+  }
+}
+
 template <int kPast>
 __global__ void global_read_kernel(const float* in, float* out) {
   out[threadIdx.x] = in[threadIdx.x + kPast];
@@ -133,6 +156,11 @@ const std::map<std::string, Kernel>& kernels() {
       {"reverse without a barrier", reverse_kernel<false>},
       {"async", reverse_async_kernel<true>},
       {"async without a wait", reverse_async_kernel<false>},
+      {"ring", ring_kernel<kRight>},
+      {"ring without a wait for what is full", ring_kernel<kNoFullWait>},
+      {"ring without a wait for what is empty", ring_kernel<kNoEmptyWait>},
+      {"ring without an arrival", ring_kernel<kNoArrival>},
+      {"ring without a beginning", ring_kernel<kNoInit>},
       {"read", global_read_kernel<0>},
       {"read past the end", global_read_kernel<1>},
       {"read far past the end", global_read_kernel<100>},

@@ -28,13 +28,14 @@ struct AsyncCopy {
   bool valid;
 };
 
-enum class State { Ready, Barrier, Collective, Done };
+enum class State { Ready, Barrier, Collective, Phase, Done };
 
 struct Thread {
   Fiber fiber;
   State state;
   uint3 index;
   const char* waits_in;
+  const uint64_t* phase_of;                   // the mbarrier that it waits for
   std::deque<std::vector<AsyncCopy>> groups;  // committed, oldest first
   std::vector<AsyncCopy> open;
 };
@@ -121,16 +122,51 @@ std::string deadlock() {
   return text;
 }
 
+// Which warpgroups run in a round: all, or for some rounds only the first one, in an order, that can.
+class Turns {
+ public:
+  explicit Turns(size_t threads) : order_((threads + 127) / 128) {
+    std::iota(order_.begin(), order_.end(), size_t{0});
+  }
+  // The one warpgroup that runs; none of that number when all do.
+  size_t next(std::mt19937_64& random) {
+    if (the_seed == 0 || order_.size() == 1) return order_.size();
+    if (rounds_ == 0) {
+      std::shuffle(order_.begin(), order_.end(), random);
+      rounds_ = 1 + random() % kMostRounds, apart_ = random() % 2 != 0;
+    }
+    --rounds_;
+    for (const size_t group : order_) {
+      if (apart_ && can_run(group)) return group;
+    }
+    return order_.size();
+  }
+
+ private:
+  static constexpr size_t kMostRounds = 256;
+  static bool can_run(size_t group) {
+    for (size_t i = 128 * group; i < std::min(the_block.count, 128 * (group + 1)); ++i) {
+      if (the_block.threads[i]->state == State::Ready) return true;
+    }
+    return false;
+  }
+  std::vector<size_t> order_;
+  size_t rounds_ = 0;
+  bool apart_ = false;
+};
+
 void run_block(std::mt19937_64& random) {
   Block& block = the_block;
   std::vector<size_t> order(block.count);
   std::iota(order.begin(), order.end(), size_t{0});
+  Turns turns(block.count);
   for (;;) {
     if (the_seed != 0) std::shuffle(order.begin(), order.end(), random);
+    const size_t only = turns.next(random), groups = (block.count + 127) / 128;
     bool ran = false, all_done = true;
     for (const size_t i : order) {
       Thread& thread = *block.threads[i];
-      if (thread.state == State::Ready) {
+      if (thread.state == State::Ready && (only == groups || i / 128 == only)) {
         ran = true;
         block.current = i;
         thread_index = thread.index;
@@ -213,6 +249,51 @@ void fail(const std::string& what) {
 }
 
 void block_barrier() { yield_as(State::Barrier, "__syncthreads"); }
+
+namespace {
+
+struct PhaseState {
+  uint16_t wanted, whole;
+  uint32_t phase;
+};
+
+PhaseState* phase_state(uint64_t* barrier, const char* what) {
+  check_shared(barrier, sizeof *barrier, what);
+  if (reinterpret_cast<uintptr_t>(barrier) % 8 != 0) fail(concat(what, " with an address not aligned to 8 bytes"));
+  return reinterpret_cast<PhaseState*>(barrier);
+}
+PhaseState* begun_phase(uint64_t* barrier, const char* what) {
+  PhaseState* state = phase_state(barrier, what);
+  constexpr uint16_t kNone = kPoison << 8 | kPoison;
+  if (state->whole == kNone || state->whole == 0) fail(concat(what, " on what nobody has initialised"));
+  return state;
+}
+
+}  // namespace
+
+void phase_init(uint64_t* barrier, unsigned count) {
+  *phase_state(barrier, "mbarrier.init") = {static_cast<uint16_t>(count), static_cast<uint16_t>(count), 0};
+}
+
+void phase_arrive(uint64_t* barrier) {
+  PhaseState* state = begun_phase(barrier, "mbarrier.arrive");
+  if (--state->wanted > 0) return;
+  state->wanted = state->whole;
+  ++state->phase;
+  for (size_t i = 0; i < the_block.count; ++i) {
+    Thread& thread = *the_block.threads[i];
+    if (thread.state == State::Phase && thread.phase_of == barrier) thread.state = State::Ready;
+  }
+}
+
+// Looks again when it runs again: a phase that began meanwhile and has the same parity is waited for, as on a device.
+void phase_wait(uint64_t* barrier, unsigned parity) {
+  const PhaseState* state = begun_phase(barrier, "mbarrier.try_wait");
+  while ((state->phase & 1u) == parity) {
+    running().phase_of = barrier;
+    yield_as(State::Phase, "mbarrier.try_wait");
+  }
+}
 
 void warp_collective(const char* what, unsigned mask, const void* in, void* out, Compute compute) {
   const size_t warp = the_block.current / 32;

@@ -1,10 +1,11 @@
 // One block of threads after the other, on one thread of the host.
 //
-// A block's threads are fibers. Each runs until it waits: at a barrier of the block, or in a warp's collective. In
-// which order they run is drawn anew, from a seed, at every round, so that what only some order makes right comes out
-// wrong in others. Reported as errors: a barrier or collective that some threads never reach, lanes of one warp in
-// different collectives, addresses that an instruction does not take. Dynamic shared memory is a heap block of
-// exactly the size asked for, poisoned before every block; a destination of cp.async is poisoned until the wait.
+// A block's threads are fibers. Each runs until it waits: at a barrier of the block, in a warp's collective, or for a
+// phase of an mbarrier. In which order they run is drawn anew, from a seed, at every round, and for some rounds only
+// one warpgroup runs as long as it can, so that what only some order makes right comes out wrong in others. Reported
+// as errors: a barrier or collective that some threads never reach, lanes of one warp in different collectives,
+// addresses that an instruction does not take. Dynamic shared memory is a heap block of exactly the size asked for,
+// poisoned before every block; a destination of cp.async is poisoned until the wait.
 //
 // What this cannot judge: whether the documented lane layouts, from which its fragments are built, are those of the
 // hardware; the order in which a tensor core adds; approximate instructions' last bits; races that no order of
@@ -46,6 +47,10 @@ bool coin();  // from the seed; for chances other than the order of threads
 unsigned char* dynamic_shared();
 void block_barrier();
 void warp_barrier(unsigned mask);
+// mbarrier: arrivals that a phase still wants, those of a whole one, and the number of the phase.
+void phase_init(uint64_t* barrier, unsigned count);
+void phase_arrive(uint64_t* barrier);
+void phase_wait(uint64_t* barrier, unsigned parity);
 // Ends the block with an error; does not return.
 [[noreturn]] void fail(const std::string& what);
 

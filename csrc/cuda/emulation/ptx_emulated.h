@@ -135,6 +135,10 @@ void wgmma_bf16(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
   emulation::wgmma({d, nullptr, a, b, kTransposedA, kTransposedB, accumulate, N});
 }
 
+inline void phase_init(uint64_t* barrier, unsigned count) { emulation::phase_init(barrier, count); }
+inline void phase_arrive(uint64_t* barrier) { emulation::phase_arrive(barrier); }
+inline void phase_wait(uint64_t* barrier, unsigned parity) { emulation::phase_wait(barrier, parity); }
+
 inline void wait_for_previous_kernel() {}
 inline void release_next_kernel() {}
 

@@ -6,6 +6,7 @@
 #include "core/check.h"
 #include "cuda/launch.h"
 #include "ops/sink_attention/sink_attention_mma.cuh"
+#include "ops/sink_attention/sink_attention_sm90.cuh"
 #include "ops/sink_attention/sink_attention_simt.cuh"
 
 namespace mxmoe {
@@ -26,27 +27,35 @@ int64_t max_tiles(const Problem& p, int64_t num_tokens, int rows) {
   return ceil_div(num_tokens * p.group, rows) + (rows > 1 ? p.num_sequences : 0);
 }
 
-// How many chunks a tile's rows can see.
-int64_t max_chunks(const Problem& p) {
+// How many chunks a tile of so many rows can see.
+int64_t max_chunks(const Problem& p, int rows) {
   const int64_t all = ceil_div(p.max_seq_len, kChunk);
   if (p.sliding_window == 0) return all;
-  const int64_t tokens = (kTileRows - 1) / p.group + 2;  // rows begin anywhere within a token
+  const int64_t tokens = (rows - 1) / p.group + 2;  // rows begin anywhere within a token
   return std::min(all, ceil_div(p.sliding_window + tokens, kChunk) + 1);
+}
+
+// Room for the sums of every row's chunks, and a counter for each of so many tiles, unless that is too much or there
+// is nothing to split.
+bool prepare_split(Stream& stream, Problem& p, int64_t tiles, int64_t chunks) {
+  const int64_t partial = int64_t{p.num_rows} * p.num_kv_heads * chunks * (p.head_dim + attention::kPartialTail);
+  if (chunks <= 1 || partial > kMaxPartial) return false;
+  p.max_chunks = static_cast<int>(chunks);
+  p.partial = static_cast<float*>(
+      stream.workspace(static_cast<size_t>(partial) * sizeof(float), "sink_attention's partial sums"));
+  p.arrived = stream.counters(static_cast<size_t>(tiles * p.num_kv_heads));
+  return true;
 }
 
 template <int kDim, typename Q, typename KV, typename Y>
 void launch_mma(Stream& stream, Problem p, int64_t num_tokens) {
   constexpr size_t kBuffer = attention::Shape<kDim>::kBufferBytes;
-  const int64_t tiles = max_tiles(p, num_tokens, kTileRows), chunks = max_chunks(p);
-  const int64_t partial = tiles * p.num_kv_heads * chunks * kTileRows * (kDim + attention::kPartialTail);
+  static_assert(attention::kSplitBuffers * kBuffer >= attention::kMergeBytes, "the merge has room");
+  const int64_t tiles = max_tiles(p, num_tokens, kTileRows), chunks = max_chunks(p, kTileRows);
   const unsigned kv_heads = grid_depth(p.num_kv_heads);
-  // Enough tiles for every multiprocessor's warps need no splitting; a single chunk cannot be split.
+  // Enough tiles for every multiprocessor's warps need no splitting.
   const int64_t warps = int64_t{device(stream.device()).multiprocessors} * 2 * kMmaWarps;
-  if (chunks > 1 && partial <= kMaxPartial && tiles * p.num_kv_heads < warps) {
-    p.max_chunks = static_cast<int>(chunks);
-    p.partial = static_cast<float*>(
-        stream.workspace(static_cast<size_t>(partial) * sizeof(float), "sink_attention's partial sums"));
-    p.arrived = stream.counters(static_cast<size_t>(tiles * p.num_kv_heads));
+  if (tiles * p.num_kv_heads < warps && prepare_split(stream, p, tiles, chunks)) {
     record_kernel("sink_attention", "sink_attention_bf16_split_sm80_kernel");
     launch(attention::sink_attention_bf16_split_sm80_kernel<kDim, Q, KV, Y>,
            dim3(grid_size(tiles), kv_heads, grid_depth(ceil_div(chunks, kMmaWarps))), kMmaThreads,
@@ -57,6 +66,31 @@ void launch_mma(Stream& stream, Problem p, int64_t num_tokens) {
   launch(attention::sink_attention_bf16_sm80_kernel<kDim, Q, KV, Y>,
          dim3(grid_size(ceil_div(tiles, kMmaWarps)), kv_heads), kMmaThreads, attention::kBuffers * kBuffer, stream,
          Order::Dependent, p);
+}
+
+template <typename Q, typename Y>
+void launch_sm90(Stream& stream, Problem p, int64_t num_tokens) {
+  using attention::kGroupRows;
+  const int64_t tiles = max_tiles(p, num_tokens, kGroupRows), chunks = max_chunks(p, kGroupRows);
+  // Rows that would fill a block's tiles on every multiprocessor need no splitting. Tiles of one token each do: a
+  // block has one sequence's, and all but one of its warpgroups nothing to do.
+  const int64_t full_tiles = ceil_div(p.num_rows, kGroupRows) * p.num_kv_heads;
+  const int64_t multiprocessors = device(stream.device()).multiprocessors;
+  if (full_tiles < multiprocessors * attention::kGroups && prepare_split(stream, p, tiles, chunks)) {
+    // No more blocks than run at once, as long as that leaves each a few chunks; then four times as many, whose ends
+    // are less uneven.
+    const int64_t at_once = multiprocessors * attention::kSplitBlocks, all = tiles * p.num_kv_heads * chunks;
+    const int64_t of_block = all <= 4 * at_once ? ceil_div(all, at_once) : std::max<int64_t>(2, all / (4 * at_once));
+    record_kernel("sink_attention", "sink_attention_bf16_split_sm90_kernel");
+    launch(attention::sink_attention_bf16_split_sm90_kernel<Q, Y>,
+           dim3(grid_size(tiles), grid_depth(p.num_kv_heads), grid_depth(ceil_div(chunks, of_block))),
+           attention::kGroupThreads, attention::kSplitBytes, stream, Order::Dependent, p);
+    return;
+  }
+  record_kernel("sink_attention", "sink_attention_bf16_sm90_kernel");
+  launch(attention::sink_attention_bf16_sm90_kernel<Q, Y>,
+         grid_size(max_tiles(p, num_tokens, attention::kBlockRows) * p.num_kv_heads), attention::kBlockThreads,
+         attention::kManyBytes, stream, Order::Dependent, p);
 }
 
 template <typename Q, typename KV, typename Y>
@@ -70,6 +104,11 @@ void launch_simt(Stream& stream, const Problem& p, int64_t num_tokens) {
 
 template <typename Q, typename KV, typename Y>
 void dispatch_width(Stream& stream, const Problem& p, int64_t num_tokens, bool tensor_cores) {
+  if constexpr (std::is_same<KV, bf16>::value) {
+    if (tensor_cores && p.head_dim == attention::kHopperDim && on_hopper(stream.device())) {
+      return launch_sm90<Q, Y>(stream, p, num_tokens);
+    }
+  }
   if constexpr (!std::is_same<KV, float>::value) {
     if (tensor_cores && p.head_dim == 64) return launch_mma<64, Q, KV, Y>(stream, p, num_tokens);
     if (tensor_cores && p.head_dim == 32) return launch_mma<32, Q, KV, Y>(stream, p, num_tokens);
@@ -105,6 +144,7 @@ Problem describe(const Tensor& q, const KvCache& cache, const Tensor& sinks, con
   p.num_blocks = static_cast<int>(cache.k.shape[0]), p.block_size = static_cast<int>(cache.k.shape[2]);
   p.num_heads = static_cast<int>(q.shape[1]), p.num_kv_heads = static_cast<int>(cache.k.shape[1]);
   p.group = p.num_heads / p.num_kv_heads, p.head_dim = static_cast<int>(q.shape[2]);
+  p.num_rows = static_cast<int>(q.shape[0]) * p.group;
   return p;
 }
 

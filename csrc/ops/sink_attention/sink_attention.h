@@ -34,10 +34,12 @@
 //           caches with rounding and a head_dim of 32, 64 or 128 take sink_attention_bf16_sm80_kernel (mma.sync) or
 //           its _split form, which give the same bits: keys are summed in chunks of 128, each from nothing, and
 //           chunks merged in order, the sink last; a query for an int8 cache goes in as two parts that bfloat16
-//           holds. The rest take sink_attention_simt_sm80_kernel. A row's bits depend neither on its neighbours nor
-//           on how the prompt was split; but a value of a bfloat16 cache that is not finite also reaches rows of the
-//           same tile of 16 that do not see it. max_seq_len bounds seq_lens and sizes the grid: what lies past it is
-//           not seen.
+//           holds. On Hopper a bfloat16 cache with a head_dim of 64 takes sink_attention_bf16_sm90_kernel (wgmma) or
+//           its _split form: the same, but for m, which is the maximum of a whole chunk instead of a running one. The
+//           rest take sink_attention_simt_sm80_kernel. A row's bits depend neither on its neighbours nor on how the
+//           prompt was split; but a value of a bfloat16 cache that is not finite also reaches rows that do not see it
+//           of the same tile of 16, on Hopper of the same 192. max_seq_len bounds seq_lens and sizes the grid: what
+//           lies past it is not seen.
 // Source:   model card section 2.3; Dao 2023 (FlashAttention-2) section 3.1; Xiao et al. 2023 (attention sinks).
 #pragma once
 

@@ -6,7 +6,7 @@
 
 #include <type_traits>
 
-#include "ops/sink_attention/sink_attention_rows.cuh"
+#include "ops/sink_attention/sink_attention_merge.cuh"
 
 namespace mxmoe {
 namespace cuda {
@@ -14,6 +14,7 @@ namespace attention {
 
 constexpr int kMmaWarps = 4;
 constexpr int kMmaThreads = kMmaWarps * kWarp;
+static_assert(kMmaThreads == kMergeThreads, "the last block merges with all its threads");
 // Steps that are on their way or at work. A warp that has a chunk to itself wants nearly all of it at once: there is
 // nothing else to hide the memory's latency behind.
 constexpr int kBuffers = 2, kSplitBuffers = 3;
@@ -329,66 +330,57 @@ __device__ __forceinline__ void attend_chunk(const Problem& p, const Tile& tile,
   close(s);
 }
 
-// Where a row's sums of one chunk stand: values, then maximum and denominator, and nothing to a multiple of 16 bytes.
-constexpr int kPartialTail = 4;
-__device__ __forceinline__ float* partial_row(const Problem& p, int tile, int kv_head, int chunk, int row) {
-  const int64_t at = ((int64_t{tile} * p.num_kv_heads + kv_head) * p.max_chunks + chunk) * kTileRows + row;
-  return p.partial + at * (p.head_dim + kPartialTail);
-}
-
 template <int kDim>
-__device__ __forceinline__ void store_partial(const Problem& p, const Tile& tile, int number, int kv_head, int chunk,
+__device__ __forceinline__ void store_partial(const Problem& p, const Tile& tile, int kv_head, int chunk,
                                               const Sums<kDim>& s) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
 #pragma unroll
   for (int r = 0; r < 2; ++r) {
     const int row = lane / 4 + 8 * r;
     if (row >= tile.num_rows) continue;
-    float* to = partial_row(p, number, kv_head, chunk, row);
+    const int64_t at = partial_at(p, tile, kv_head, row) + chunk;
+    float* to = partial_values(p, at);
 #pragma unroll
     for (int i = 0; i < kDim / 8; ++i) {
       *reinterpret_cast<float2*>(to + i * 8 + 2 * (lane % 4)) =
           make_float2(s.values[i][2 * r], s.values[i][2 * r + 1]);
     }
-    if (lane % 4 == 0) *reinterpret_cast<float2*>(to + kDim) = make_float2(s.row[r].maximum, s.row[r].sum);
+    if (lane % 4 == 0) *partial_row(p, at) = make_float2(s.row[r].maximum, s.row[r].sum);
   }
 }
 
-// A row's chunks in order, the sink last; kDim / 4 lanes a row, four values each. Many chunks are asked for at once,
-// since each waits for the one before only in its arithmetic.
+// A tile's rows when all their chunks are in the sums.
 template <int kDim, typename Y>
-__device__ __forceinline__ void merge_rows(const Problem& p, const Tile& tile, int number, int kv_head) {
-  constexpr int kLanes = kDim / 4, kRows = kMmaThreads / kLanes, kAhead = 8;
-  const int lane = static_cast<int>(threadIdx.x) % kLanes;
-  const int chunks = max(0, (tile.high + kChunk - 1) / kChunk - tile.low / kChunk);
-  for (int row = static_cast<int>(threadIdx.x) / kLanes; row < tile.num_rows; row += kRows) {
-    Running total{minus_infinity(), 0.0f};
-    float4 values = make_float4(0.0f, 0.0f, 0.0f, 0.0f);
-    for (int first = 0; first < chunks; first += kAhead) {
-      float4 v[kAhead];
-      float2 of_row[kAhead];
+__device__ __forceinline__ void write_rows(const Problem& p, const Tile& tile, int kv_head, const Sums<kDim>& total) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        const float* from = partial_row(p, number, kv_head, min(first + i, chunks - 1), row);
-        v[i] = __ldcg(reinterpret_cast<const float4*>(from) + lane);
-        of_row[i] = __ldcg(reinterpret_cast<const float2*>(from + kDim));
-      }
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        if (first + i >= chunks) continue;
-        const Factors f = merge(total, {of_row[i].x, of_row[i].y});
-        values = make_float4(merged(values.x, v[i].x, f), merged(values.y, v[i].y, f), merged(values.z, v[i].z, f),
-                             merged(values.w, v[i].w, f));
-      }
-    }
+  for (int r = 0; r < 2; ++r) {
+    const int row = lane / 4 + 8 * r;
+    if (row >= tile.num_rows) continue;
     const int of_sequence = tile.first_row + row, head = kv_head * p.group + of_sequence % p.group;
     const int64_t token = int64_t{tile.first_token} + of_sequence / p.group;
-    const Final final = add_sink(total, sink_of(p, head));
-    Y* y = static_cast<Y*>(p.y) + token * p.y_stride + head * kDim + 4 * lane;
-    const float scaled[4] = {values.x, values.y, values.z, values.w};
+    const Final final = add_sink(total.row[r], sink_of(p, head));
+    Y* y = static_cast<Y*>(p.y) + token * p.y_stride + head * kDim + 2 * (lane % 4);
 #pragma unroll
-    for (int i = 0; i < 4; ++i) y[i] = narrow<Y>(__fmul_rn(scaled[i], final.scale));
-    if (lane == 0 && p.sink_share != nullptr) p.sink_share[token * p.num_heads + head] = final.sink_share;
+    for (int i = 0; i < kDim / 8; ++i) {
+      y[i * 8] = narrow<Y>(scaled(total.values[i][2 * r], final));
+      y[i * 8 + 1] = narrow<Y>(scaled(total.values[i][2 * r + 1], final));
+    }
+    if (lane % 4 == 0 && p.sink_share != nullptr) p.sink_share[token * p.num_heads + head] = final.sink_share;
+  }
+}
+
+// The sums of the next chunk join those so far.
+template <int kDim>
+__device__ __forceinline__ void add_chunk(Sums<kDim>& total, const Sums<kDim>& chunk) {
+#pragma unroll
+  for (int r = 0; r < 2; ++r) {
+    const Factors f = merge(total.row[r], chunk.row[r]);
+#pragma unroll
+    for (int i = 0; i < kDim / 8; ++i) {
+      total.values[i][2 * r] = merged(total.values[i][2 * r], chunk.values[i][2 * r], f);
+      total.values[i][2 * r + 1] = merged(total.values[i][2 * r + 1], chunk.values[i][2 * r + 1], f);
+    }
   }
 }
 
@@ -402,7 +394,7 @@ __global__ void __launch_bounds__(kMmaThreads) sink_attention_bf16_split_sm80_ke
   ptx::release_next_kernel();
   ptx::wait_for_previous_kernel();
   const Tile tile = find_tile(p, number, kTileRows);
-  const int first = tile.low / kChunk, chunks = (tile.high + kChunk - 1) / kChunk - first;
+  const int chunks = chunks_of(tile);
   const int blocks = max(1, (chunks + kMmaWarps - 1) / kMmaWarps);  // that have work here: one also without any key
   if (tile.num_rows == 0 || static_cast<int>(blockIdx.z) >= blocks) return;
   const int relative = static_cast<int>(blockIdx.z) * kMmaWarps + warp;
@@ -410,31 +402,19 @@ __global__ void __launch_bounds__(kMmaThreads) sink_attention_bf16_split_sm80_ke
     Queries<kDim, KV> q;
     load_queries<kDim, Q>(p, tile, kv_head, q);
     Sums<kDim> s;
-    attend_chunk<kDim, KV, kSplitBuffers>(p, tile, kv_head, q, buffers, first + relative, s);
-    store_partial<kDim>(p, tile, number, kv_head, relative, s);
+    attend_chunk<kDim, KV, kSplitBuffers>(p, tile, kv_head, q, buffers, tile.low / kChunk + relative, s);
+    store_partial<kDim>(p, tile, kv_head, relative, s);
   }
-  if (blocks > 1) {
-    int* last = reinterpret_cast<int*>(ptx::dynamic_shared());
-    __threadfence();
-    __syncthreads();
-    if (threadIdx.x == 0) {
-      unsigned* arrived = p.arrived + number * p.num_kv_heads + kv_head;
-      *last = atomicAdd(arrived, 1u) == static_cast<unsigned>(blocks) - 1u;
-      if (*last) *arrived = 0;  // as the next launch wants it
-    }
-    __syncthreads();
-    if (!*last) return;
-    __threadfence();
-  } else {
-    __syncthreads();
-  }
-  merge_rows<kDim, Y>(p, tile, number, kv_head);
+  unsigned char* shared = ptx::dynamic_shared();
+  unsigned* arrived = p.arrived + number * p.num_kv_heads + kv_head;
+  if (!is_last_block(arrived, blocks, reinterpret_cast<int*>(shared + kFactorBytes))) return;
+  merge_rows<kDim, Y>(p, tile, kv_head, reinterpret_cast<float4*>(shared));
 }
 
 // grid: (group of tiles, key/value head). A warp a tile with all its chunks.
 template <int kDim, typename Q, typename KV, typename Y>
 __global__ void __launch_bounds__(kMmaThreads) sink_attention_bf16_sm80_kernel(Problem p) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp, warp = static_cast<int>(threadIdx.x) / kWarp;
+  const int warp = static_cast<int>(threadIdx.x) / kWarp;
   bf16* buffers = reinterpret_cast<bf16*>(ptx::dynamic_shared()) + warp * kBuffers * Shape<kDim>::kWarpValues;
   const int kv_head = static_cast<int>(blockIdx.y);
   ptx::release_next_kernel();
@@ -447,31 +427,9 @@ __global__ void __launch_bounds__(kMmaThreads) sink_attention_bf16_sm80_kernel(P
   clear(total);
   for (int chunk = tile.low / kChunk; chunk * kChunk < tile.high; ++chunk) {
     attend_chunk<kDim, KV, kBuffers>(p, tile, kv_head, q, buffers, chunk, s);
-#pragma unroll
-    for (int r = 0; r < 2; ++r) {
-      const Factors f = merge(total.row[r], s.row[r]);
-#pragma unroll
-      for (int i = 0; i < kDim / 8; ++i) {
-        total.values[i][2 * r] = merged(total.values[i][2 * r], s.values[i][2 * r], f);
-        total.values[i][2 * r + 1] = merged(total.values[i][2 * r + 1], s.values[i][2 * r + 1], f);
-      }
-    }
+    add_chunk(total, s);
   }
-#pragma unroll
-  for (int r = 0; r < 2; ++r) {
-    const int row = lane / 4 + 8 * r;
-    if (row >= tile.num_rows) continue;
-    const int of_sequence = tile.first_row + row, head = kv_head * p.group + of_sequence % p.group;
-    const int64_t token = int64_t{tile.first_token} + of_sequence / p.group;
-    const Final final = add_sink(total.row[r], sink_of(p, head));
-    Y* y = static_cast<Y*>(p.y) + token * p.y_stride + head * kDim + 2 * (lane % 4);
-#pragma unroll
-    for (int i = 0; i < kDim / 8; ++i) {
-      y[i * 8] = narrow<Y>(__fmul_rn(total.values[i][2 * r], final.scale));
-      y[i * 8 + 1] = narrow<Y>(__fmul_rn(total.values[i][2 * r + 1], final.scale));
-    }
-    if (lane % 4 == 0 && p.sink_share != nullptr) p.sink_share[token * p.num_heads + head] = final.sink_share;
-  }
+  write_rows<kDim, Y>(p, tile, kv_head, total);
 }
 
 }  // namespace attention

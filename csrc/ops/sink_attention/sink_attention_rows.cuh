@@ -34,7 +34,8 @@ struct Problem {
   int max_seq_len;
   float sm_scale;
   bool round_rows;    // queries and weights to bfloat16
-  float* partial;     // [tile][key/value head][chunk][row][head_dim + 4], or null
+  float* partial;     // sums of split attention, or null; see sink_attention_merge.cuh
+  int num_rows;       // of a key/value head, over all tokens
   int max_chunks;     // of a tile
   unsigned* arrived;  // [tile][key/value head]: blocks that have left their sums
 };
@@ -143,6 +144,8 @@ __device__ __forceinline__ float merged(float sums, float chunk, const Factors& 
 struct Final {
   float scale, sink_share;
 };
+// The sign of a zero would tell of the chunks that a row's neighbours see and it does not.
+__device__ __forceinline__ float scaled(float sums, const Final& final) { return __fmaf_rn(sums, final.scale, 0.0f); }
 __device__ __forceinline__ Final finish(float sum, float keys, float sink) {
   const float total = __fmaf_rn(sum, keys, sink);
   if (total == 0.0f) return {0.0f, 0.0f};  // neither a key nor a sink
