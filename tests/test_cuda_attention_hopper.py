@@ -101,6 +101,17 @@ def test_any_order_of_warpgroups_gives_the_same_bits(gpu, seed):
     assert_exact(run_split(gpu, case.tail(0, 1699, 1700)), want[-1:])
 
 
+@pytest.mark.parametrize("chunks", range(7, 14))
+@pytest.mark.parametrize("seed", range(4))
+def test_warpgroups_without_rows_stay_in_step(gpu, chunks, seed):
+    """They have nothing to do but to fetch, and must not release what others still use."""
+    if gpu.architectures() == "emulation":
+        gpu.set_seed(10 * chunks + seed)
+    case = draw([(3, 128 * chunks - 9)], (4, 1))
+    whole = run_whole(gpu, case)
+    assert_exact(run_split(gpu, case), whole)
+
+
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90a"])
 def test_more_chunks_than_the_merge_takes_at_once(gpu, architecture):
     case = draw([(2, 128 * 258 - 5), (1, 128 * 256), (1, 128 * 257)], (3, 1))

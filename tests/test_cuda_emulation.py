@@ -49,8 +49,15 @@ def test_phases_are_waited_for(emulation, seed):
 
 @pytest.mark.parametrize("name", ["ring without a wait for what is full", "ring without a wait for what is empty"])
 def test_a_phase_that_is_not_waited_for_shows_in_some_orders(emulation, name):
-    right = [run(emulation, name, seed)[:64].tolist() == VALUES[31::-1] + VALUES[:31:-1] for seed in range(16)]
-    assert not all(right)
+    wrong = 0
+    for seed in range(16):
+        try:
+            wrong += run(emulation, name, seed)[:64].tolist() != VALUES[31::-1] + VALUES[:31:-1]
+        except emulation.CudaError as error:  # who comes too late for a phase waits for ever
+            assert "waits in mbarrier.try_wait" in str(error)
+            emulation.clear_fault()
+            wrong += 1
+    assert wrong > 0
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -122,37 +122,47 @@ std::string deadlock() {
   return text;
 }
 
-// Which warpgroups run in a round: all, or for some rounds only the first one, in an order, that can.
+// Who runs in a round: all; or, for some rounds, only the first warpgroup, in an order, that can, so that they drift
+// apart; or all but one warp, as long as others can, so that it is late.
 class Turns {
  public:
-  explicit Turns(size_t threads) : order_((threads + 127) / 128) {
+  explicit Turns(size_t threads) : order_((threads + kGroup - 1) / kGroup) {
     std::iota(order_.begin(), order_.end(), size_t{0});
   }
-  // The one warpgroup that runs; none of that number when all do.
-  size_t next(std::mt19937_64& random) {
-    if (the_seed == 0 || order_.size() == 1) return order_.size();
+  void draw(std::mt19937_64& random) {
+    begin_ = late_ = 0, end_ = the_block.count, late_end_ = 0;
+    if (the_seed == 0) return;
     if (rounds_ == 0) {
       std::shuffle(order_.begin(), order_.end(), random);
-      rounds_ = 1 + random() % kMostRounds, apart_ = random() % 2 != 0;
+      rounds_ = 1 + random() % kMostRounds, mode_ = random() % 4, warp_ = random() % ((end_ + kWarp - 1) / kWarp);
     }
     --rounds_;
-    for (const size_t group : order_) {
-      if (apart_ && can_run(group)) return group;
+    if (mode_ == 0) choose_group();
+    if (mode_ == 1 && (can_run(0, kWarp * warp_) || can_run(kWarp * (warp_ + 1), end_))) {
+      late_ = kWarp * warp_, late_end_ = late_ + kWarp;
     }
-    return order_.size();
+  }
+  bool runs(size_t thread) const {
+    return thread >= begin_ && thread < end_ && !(thread >= late_ && thread < late_end_);
   }
 
  private:
-  static constexpr size_t kMostRounds = 256;
-  static bool can_run(size_t group) {
-    for (size_t i = 128 * group; i < std::min(the_block.count, 128 * (group + 1)); ++i) {
+  static constexpr size_t kMostRounds = 256, kGroup = 128, kWarp = 32;
+  static bool can_run(size_t begin, size_t end) {
+    for (size_t i = begin; i < std::min(end, the_block.count); ++i) {
       if (the_block.threads[i]->state == State::Ready) return true;
     }
     return false;
   }
+  void choose_group() {
+    for (const size_t group : order_) {
+      if (!can_run(kGroup * group, kGroup * (group + 1))) continue;
+      begin_ = kGroup * group, end_ = begin_ + kGroup;
+      return;
+    }
+  }
   std::vector<size_t> order_;
-  size_t rounds_ = 0;
-  bool apart_ = false;
+  size_t rounds_ = 0, mode_ = 0, warp_ = 0, begin_ = 0, end_ = 0, late_ = 0, late_end_ = 0;
 };
 
 void run_block(std::mt19937_64& random) {
@@ -162,11 +172,11 @@ void run_block(std::mt19937_64& random) {
   Turns turns(block.count);
   for (;;) {
     if (the_seed != 0) std::shuffle(order.begin(), order.end(), random);
-    const size_t only = turns.next(random), groups = (block.count + 127) / 128;
+    turns.draw(random);
     bool ran = false, all_done = true;
     for (const size_t i : order) {
       Thread& thread = *block.threads[i];
-      if (thread.state == State::Ready && (only == groups || i / 128 == only)) {
+      if (thread.state == State::Ready && turns.runs(i)) {
         ran = true;
         block.current = i;
         thread_index = thread.index;
@@ -277,13 +287,13 @@ void phase_init(uint64_t* barrier, unsigned count) {
 
 void phase_arrive(uint64_t* barrier) {
   PhaseState* state = begun_phase(barrier, "mbarrier.arrive");
-  if (--state->wanted > 0) return;
-  state->wanted = state->whole;
-  ++state->phase;
-  for (size_t i = 0; i < the_block.count; ++i) {
+  const bool ends = --state->wanted == 0;
+  if (ends) state->wanted = state->whole, ++state->phase;
+  for (size_t i = 0; i < the_block.count && ends; ++i) {
     Thread& thread = *the_block.threads[i];
     if (thread.state == State::Phase && thread.phase_of == barrier) thread.state = State::Ready;
   }
+  if (coin()) yield_as(State::Ready, "");  // what others now do may come before this thread's next step
 }
 
 // Looks again when it runs again: a phase that began meanwhile and has the same parity is waited for, as on a device.

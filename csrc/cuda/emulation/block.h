@@ -1,11 +1,11 @@
 // One block of threads after the other, on one thread of the host.
 //
 // A block's threads are fibers. Each runs until it waits: at a barrier of the block, in a warp's collective, or for a
-// phase of an mbarrier. In which order they run is drawn anew, from a seed, at every round, and for some rounds only
-// one warpgroup runs as long as it can, so that what only some order makes right comes out wrong in others. Reported
-// as errors: a barrier or collective that some threads never reach, lanes of one warp in different collectives,
-// addresses that an instruction does not take. Dynamic shared memory is a heap block of exactly the size asked for,
-// poisoned before every block; a destination of cp.async is poisoned until the wait.
+// phase of an mbarrier. In which order they run is drawn anew, from a seed, at every round, and for some rounds one
+// warpgroup runs alone or one warp does not, so that what only some order makes right comes out wrong in others.
+// Reported as errors: a barrier or collective that some threads never reach, lanes of one warp in different
+// collectives, addresses that an instruction does not take. Dynamic shared memory is a heap block of exactly the size
+// asked for, poisoned before every block; a destination of cp.async is poisoned until the wait.
 //
 // What this cannot judge: whether the documented lane layouts, from which its fragments are built, are those of the
 // hardware; the order in which a tensor core adds; approximate instructions' last bits; races that no order of

@@ -396,8 +396,9 @@ __global__ void __launch_bounds__(kBlockThreads, 1) sink_attention_bf16_sm90_ker
     ptx::phase_wait(ring.full + stage, i / kStages % 2);
     if (i >= own && i < own + own_chunks) {
       attend_stage(p, q, scale, all, positions, (first + i) * kChunk, ring, stage, total);
-    } else if (thread % kWarp == 0) {
-      ptx::phase_arrive(ring.empty + stage);
+    } else {
+      __syncwarp();  // all of the warp have seen it full
+      if (thread % kWarp == 0) ptx::phase_arrive(ring.empty + stage);
     }
   }
   const Tile again = part_of(p, *ring.block, group * kGroupRows + 16 * warp, 16);
