@@ -13,6 +13,7 @@ import tomllib
 from ctypes import byref, c_double, c_int
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -354,6 +355,21 @@ def test_prefers_packed(isa):
             assert number_of("prefers_packed", a, w) == _core.prefers_packed(activations, weights)
     assert LIBRARY.mxmoe_prefers_packed(1, 3, byref(c_int())) == VALUE_ERROR
     assert last_error() == "weights is 3; wanted 0 (mxfp4), 1 (bf16) or 2 (int8)"
+
+
+def test_packed_weights_beside_their_scales(isa):
+    assert LIBRARY.mxmoe_set_isa(isa.encode()) == OK
+    rng = np.random.default_rng(4)
+    weight = rng.integers(-127, 128, (32, 96), dtype=np.int8)
+    scales = rng.uniform(0.5, 2, (32, 3)).astype(ml_dtypes.bfloat16)
+    buffer = np.zeros((2, 3, 544), np.uint8)
+    packed, packed_scales = buffer[..., :512], buffer[..., 512:].view(ml_dtypes.bfloat16)
+    panels = {"weight": weight, "scales": scales, "packed": packed, "packed_scales": packed_scales}
+    assert c_library.call("pack_linear", panels) == OK, last_error()
+    x, out = rng.standard_normal((3, 96), np.float32), np.full((3, 32), np.nan, np.float32)
+    arguments = {"x": x, "weight": packed, "scales": packed_scales, "activations": "int8", "out": out}
+    assert c_library.call("linear", arguments) == OK, last_error()
+    assert_exact(out, ops.linear(x, weight, scales=scales, activations="int8"))
 
 
 def test_closing_the_library_leaves_its_threads_standing():

@@ -175,7 +175,8 @@ MXMOE_API int mxmoe_rope(const mxmoe_tensor* x, const mxmoe_tensor* cos, const m
 /* out = x weight^T + bias + residual.
  *   x         (num_tokens, in_features) float; row stride
  *   weight    (out_features, in_features) bfloat16, or int8 with in_features a multiple of 32; row stride. Or packed
- *             by mxmoe_pack_linear (then contiguous, as are scales), with the same result to the last bit
+ *             by mxmoe_pack_linear (then, as with scales, any strides but the last axis's), with the same result to
+ *             the last bit
  *   scales    (out_features, in_features / 32) bfloat16 with int8 weights; NULL with bfloat16 ones; row stride
  *   bias      (out_features) float, or NULL
  *   activations   INT8 with bfloat16 weights rounds to bfloat16. Subnormal bfloat16 counts as zero where the CPU's
@@ -332,8 +333,10 @@ MXMOE_API int mxmoe_prefers_packed(int activations, int weights, int* prefers);
 /* MXFP4 weights to panels of sixteen rows, and back. An expert's matrix at a time, or all, one after another.
  *   blocks        (rows, k / 32, 16) uint8, rows a multiple of 16
  *   scales        (rows, k / 32) uint8
- *   packed        (rows / 16, k / 32, 256) uint8
- *   packed_scales (rows / 16, k / 32, 16) uint8 */
+ *   packed        (rows / 16, k / 32, 256) uint8, any strides but the last axis's
+ *   packed_scales (rows / 16, k / 32, 16) uint8, likewise
+ * Memory is read fastest when a block's scales lie right behind it: both arrays in one buffer, 272 bytes from block to
+ * block. */
 MXMOE_API int mxmoe_pack_mxfp4(const mxmoe_tensor* blocks, const mxmoe_tensor* scales, const mxmoe_tensor* packed,
                                const mxmoe_tensor* packed_scales);
 MXMOE_API int mxmoe_unpack_mxfp4(const mxmoe_tensor* packed, const mxmoe_tensor* packed_scales,
@@ -343,7 +346,8 @@ MXMOE_API int mxmoe_unpack_mxfp4(const mxmoe_tensor* packed, const mxmoe_tensor*
  *   weight        (rows, k) bfloat16 or int8, rows a multiple of 16, k of 32
  *   scales        (rows, k / 32) bfloat16
  *   packed        (rows / 16, k / 32, 512) bfloat16, or uint8 for int8 weights (raised by 128)
- *   packed_scales (rows / 16, k / 32, 16) bfloat16 */
+ *   packed_scales (rows / 16, k / 32, 16) bfloat16
+ * Strides as above: one buffer with 544 bytes from block to block is read fastest. */
 MXMOE_API int mxmoe_pack_linear(const mxmoe_tensor* weight, const mxmoe_tensor* scales, const mxmoe_tensor* packed,
                                 const mxmoe_tensor* packed_scales);
 MXMOE_API int mxmoe_unpack_linear(const mxmoe_tensor* packed, const mxmoe_tensor* packed_scales,
