@@ -8,6 +8,7 @@ import pytest
 
 from mxmoe import _core, ops, packing
 from mxmoe.layers import ExpertMatrix, Linear
+from mxmoe.memory import empty
 from op_helpers import FLOATS, normal
 
 MODES = ("float32", "bf16", "int8")
@@ -97,6 +98,11 @@ def test_large_panels_begin_with_a_huge_page():
         packed, _ = packing.pack_linear(*dense(rng, 1024, 2048, dtype))
         assert packed.ctypes.data % (2 << 20) == 0
         assert packed.flags.writeable
+
+
+def test_memory_that_is_not_there():
+    with pytest.raises(MemoryError):
+        empty((1 << 50,))
 
 
 def test_panels_may_be_packed_wherever_they_do_not_share_bytes():

@@ -28,12 +28,20 @@ def empty(shape: tuple[int, ...]) -> NDArray[np.uint8]:
     -------
     ndarray, uint8
         Not initialised.
+
+    Raises
+    ------
+    MemoryError
+        The system does not give that much.
     """
     size = math.prod(shape)
     if size < _HUGE_PAGE // 2 or not hasattr(mmap, "MADV_HUGEPAGE"):
         return np.empty(shape, np.uint8)
     whole = -(-size // _HUGE_PAGE) * _HUGE_PAGE
-    mapping = mmap.mmap(-1, whole + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    try:
+        mapping = mmap.mmap(-1, whole + _HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(f"weights of {size} bytes find no room: {error.strerror}") from error
     with suppress(OSError):  # a kernel without them
         mapping.madvise(mmap.MADV_HUGEPAGE)
     memory = np.frombuffer(mapping, np.uint8)
