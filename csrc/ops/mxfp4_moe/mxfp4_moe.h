@@ -12,9 +12,8 @@
 //           nibble first, e8m0 scales); biases bfloat16 or float32; residual, y float32. x and the
 //           activations a are rounded once each, as `activations` says (see linear); MXFP4 enters exactly;
 //           sums are float32, the sum over choices in their order.
-// Layout:   contiguous; x, residual and y may have a row stride, packed blocks and scales any strides but for the
-// last
-//           axis.
+// Layout:   contiguous; x, residual and y may have a row stride, packed blocks and scales any strides but for
+//           the last axis.
 // Requires: hidden_size and intermediate_size multiples of 32; experts held are [first_expert, first_expert +
 //           num_experts), other ids contribute nothing: partial sums of several holders add up. No scale byte
 //           is 255 (checked when a checkpoint is loaded, not here).

@@ -335,8 +335,8 @@ MXMOE_API int mxmoe_prefers_packed(int activations, int weights, int* prefers);
  *   scales        (rows, k / 32) uint8
  *   packed        (rows / 16, k / 32, 256) uint8, any strides but the last axis's
  *   packed_scales (rows / 16, k / 32, 16) uint8, likewise
- * Memory is read fastest when a block's scales lie right behind it: both arrays in one buffer, 272 bytes from block to
- * block. */
+ * Memory is read fastest when a block's scales lie right behind it: both arrays in one buffer with 272 bytes from
+ * block to block. */
 MXMOE_API int mxmoe_pack_mxfp4(const mxmoe_tensor* blocks, const mxmoe_tensor* scales, const mxmoe_tensor* packed,
                                const mxmoe_tensor* packed_scales);
 MXMOE_API int mxmoe_unpack_mxfp4(const mxmoe_tensor* packed, const mxmoe_tensor* packed_scales,
