@@ -206,8 +206,29 @@ def padded_left(case: AttentionCase, starts: list[int]) -> tuple[NDArray[Any], d
     return longer.q, kwargs, own
 
 
-def torch_attention(case: AttentionCase, dtype: str = "float32") -> tuple[torch.Tensor, torch.Tensor]:
-    """Result and sink share, from one masked softmax a sequence in float32, rounding what the case says."""
+def rounded_by_steps(scores: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Weights times their values' scales, as integers of a step of 64 keys hold them.
+
+    `scores` (..., keys) are -infinity where a key is not seen; `scales` (..., keys).
+    """
+    pad = (0, -scores.shape[-1] % 64)
+    seen = torch.nn.functional.pad(scores, pad, value=-torch.inf).unflatten(-1, (-1, 64))
+    scales = torch.nn.functional.pad(scales.expand_as(scores), pad).unflatten(-1, (-1, 64))
+    scales = scales.masked_fill(seen.isinf(), 0.0)
+    largest = seen.amax(dim=-1, keepdim=True).clamp(min=-1e30)
+    weights = torch.exp(seen - largest) * scales
+    unit = weights.amax(dim=-1, keepdim=True).clamp(min=1e-30) / 32768
+    top = largest.amax(dim=-2, keepdim=True)
+    return ((weights / unit).round() * unit * torch.exp(largest - top)).flatten(-2)[..., : scores.shape[-1]]
+
+
+def torch_attention(
+    case: AttentionCase, dtype: str = "float32", *, by_steps: bool = False
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Result and sink share, from one masked softmax a sequence in float32, rounding what the case says.
+
+    With `by_steps` the weights of an int8 cache are rounded as AVX-512 with VNNI does it.
+    """
     q, sinks = torch.from_numpy(case.rounded_q).float(), to_torch(case.sinks).float()
     y, share = torch.zeros(q.shape), torch.zeros(q.shape[:2])
     cu = case.cu_seqlens
@@ -226,8 +247,13 @@ def torch_attention(case: AttentionCase, dtype: str = "float32") -> tuple[torch.
         weights, sink = powers[..., :-1], powers[..., -1:]
         total = powers.sum(dim=-1, keepdim=True)
         if case.values[b].scales is not None:
-            weights = weights * torch.from_numpy(case.values[b].scales).T.repeat_interleave(group, dim=0)[:, None]
-            weights = weights.bfloat16().float() if case.rounds else weights
+            scales = torch.from_numpy(case.values[b].scales).T.repeat_interleave(group, dim=0)[:, None]
+            weights = weights * scales
+            if case.rounds and by_steps:
+                top = (scores.amax(dim=-1, keepdim=True) - logits.amax(dim=-1, keepdim=True)).exp()
+                weights = rounded_by_steps(scores, scales) * top
+            elif case.rounds:
+                weights = weights.bfloat16().float()
         elif case.rounds:
             weights = weights.bfloat16().float()
             total = weights.sum(dim=-1, keepdim=True) + sink

@@ -141,21 +141,25 @@ def test_equal_weights_sum_exactly(isa, mode, length):
         assert_exact(got[i], np.repeat(want, 2, axis=0))
 
 
-def errors(case: AttentionCase) -> tuple[float, float]:
-    """Median errors of the op and of torch at the same roundings, from the reference, which rounds nothing."""
-    want = case.run(reference.sink_attention)
-    by_torch = torch_attention(case)[0]
-    return tuple(float(np.median(relative_error(y, want))) for y in (case.run(), by_torch))
+def median_error(y, case: AttentionCase) -> float:
+    """Of a result, from the reference, which rounds nothing."""
+    return float(np.median(relative_error(y, case.run(reference.sink_attention))))
 
 
 @pytest.mark.parametrize("mode", KV_MODES)
-def test_rounding_costs_no_more_than_in_torch(isa, mode):
+def test_rounding_costs_what_it_does_in_torch(isa, mode):
     case = make([(40, CHUNK + 300)], (8, 2), 64, mode)
-    ours, by_torch = errors(case)
-    assert ours <= SLACK * by_torch
-    if case.rounds:  # and it is a rounding, not float32 in disguise
-        assert ours >= by_torch / SLACK
-        assert ours > 100 * errors(replace(case, activations="float32"))[0]
+    ours = median_error(case.run(), case)
+    by_torch = [median_error(torch_attention(case)[0], case)]
+    if not case.rounds:
+        assert ours <= SLACK * by_torch[0]
+        return
+    if isa == "avx512" and mode.startswith("int8"):  # as integers, where the processor has them
+        by_torch.append(median_error(torch_attention(case, by_steps=True)[0], case))
+    # And it is a rounding, not float32 in disguise.
+    assert any(error / SLACK <= ours <= SLACK * error for error in by_torch)
+    exact = replace(case, activations="float32")
+    assert ours > 100 * median_error(exact.run(), exact)
 
 
 @pytest.mark.parametrize("activations", ["bf16", "int8"])

@@ -626,11 +626,11 @@ def sink_attention(
     activations : {"float32", "bf16", "int8"}
         "float32" rounds nothing before `out`, nor do the others with a float32 cache. The others, which are one here,
         round queries for a bfloat16 cache to bfloat16, for an int8 cache to 1 / 16256 of a head's largest magnitude,
-        and round the softmax weights to bfloat16 as they multiply the values. The denominator sums the weights of a
-        bfloat16 cache as rounded. The scales of an int8 cache multiply the scores and, before their rounding, the
-        weights.
+        and round the softmax weights to bfloat16 as they multiply the values; where an int8 cache meets integers
+        (AVX-512 with VNNI), finer. The denominator sums the weights of a bfloat16 cache as rounded. The scales of an
+        int8 cache multiply the scores and, before their rounding, the weights.
     k_scales, v_scales : array, shape (num_blocks, num_key_value_heads, block_size), float32
-        With an int8 cache only.
+        With an int8 cache only. Below 0, a value's scale may make what sees it NaN.
     sink_share : array, shape (num_tokens, num_attention_heads), float32, optional
         Written: the sink's share of each softmax.
     out : array, shape of `q`, float32 or bfloat16, optional

@@ -16,14 +16,15 @@
 //           one; and the weights exp(s_j - m), m a running maximum of the scores, to bfloat16 as they multiply the
 //           values. The denominator sums the weights so rounded. An int8 cache's key scales multiply the scores, its
 //           value scales the weights before their rounding; there the denominator sums the weights with neither scale
-//           nor rounding.
+//           nor rounding. Where an int8 cache meets integers (AVX-512 with VNNI), m is the maximum of a row's step
+//           for its weights, and with their scales they are rounded to 32768ths of the largest there.
 // Layout:   q and y contiguous but for a token stride; strides of float32 and bfloat16 caches are multiples of
 //           head_dim, each cache's its own; the rest contiguous.
 // Units:    sliding_window in keys, the query's own included; 0 means full attention.
 // Requires: the new tokens' keys are already in the cache; head_dim <= 256; Hq a multiple of Hkv; block_table entries
-//           of blocks with a visible key within [0, num_blocks), others are not looked at; seq_lens + key_starts >=
-//           new tokens. A new token before its sequence's first key (padding) sees no key: y is 0, its share 1 (0 for
-//           a sink of -infinity).
+//           of blocks with a visible key within [0, num_blocks), others are not looked at; value scales 0 or more
+//           (one below may make the rows that see it NaN); seq_lens + key_starts >= new tokens. A new token before
+//           its sequence's first key (padding) sees no key: y is 0, its share 1 (0 for a sink of -infinity).
 // Calls:    no overlap; (sequence x key/value head x queries) is spread over threads, and where that is too little
 //           work for them, (x chunk of keys), which takes scratch for the chunks' sums. Keys are taken in steps of 64
 //           and summed up by chunks of 1024, both at fixed positions, and chunks are merged in order, so that a row's

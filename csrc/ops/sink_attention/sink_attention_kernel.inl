@@ -35,7 +35,7 @@ inline void load_keys(const AttentionItem& t, const Slots& slots, int64_t j, Att
     const int count = static_cast<int>(lesser(t.head_dim - d, kLanes));
     f32v rows[kLanes];
     for (int i = 0; i < kLanes; ++i) {
-      const int64_t slot = slots.k[j + i];
+      const int64_t slot = slots.key(j + i);
       rows[i] = slot < 0 ? zero() : load_n(static_cast<const T*>(t.k) + slot * t.head_dim + d, count);
     }
     transpose(rows);
@@ -49,14 +49,14 @@ inline void load_step(const AttentionItem& t, const Slots& slots, const Slots& n
   for (int64_t j = 0; j < kAttentionKeys; j += kLanes) load_keys<T>(t, slots, j, s);
   for (int64_t j = 0; j < kAttentionKeys; ++j) {
     prefetch_slot(t, next_slots, j, t.head_dim * static_cast<int64_t>(sizeof(T)));
-    const int64_t slot = slots.v[j];
+    const int64_t slot = slots.value(j);
     for (int64_t d = 0; d < t.head_dim; d += kLanes) {
       const int count = static_cast<int>(lesser(t.head_dim - d, kLanes));
       store(&s.v[j][d], slot < 0 ? zero() : load_n(static_cast<const T*>(t.v) + slot * t.head_dim + d, count));
     }
     if (t.k_scales == nullptr) continue;
-    s.k_scale[j] = slot < 0 ? 0.0f : t.k_scales[slots.k[j]];
-    s.v_scale[j] = slot < 0 ? 0.0f : t.v_scales[slots.k[j]];
+    s.k_scale[j] = slot < 0 ? 0.0f : t.k_scales[slots.key(j)];
+    s.v_scale[j] = slot < 0 ? 0.0f : t.v_scales[slots.key(j)];
   }
 }
 

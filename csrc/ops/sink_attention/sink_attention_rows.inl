@@ -41,16 +41,30 @@ inline bool sees_chunk(const AttentionItem& t, int64_t row, int64_t chunk) {
 // Where the keys of a step and their values lie, in rows of head_dim values from the caches' starts; -1 for none. An
 // int8 cache's scales have the places of its keys.
 struct Slots {
-  int64_t k[kAttentionKeys], v[kAttentionKeys];
-  bool run;  // all are there, and follow each other
+  int64_t k[kAttentionKeys], v[kAttentionKeys];  // of a run the first alone
+  bool run;                                      // they follow each other
+  int64_t key(int64_t j) const { return run ? k[0] + j : k[j]; }
+  int64_t value(int64_t j) const { return run ? v[0] + j : v[j]; }
 };
+
+// Finds the step that starts at `base`, if it is a run and has some of the keys [begin, end). Keys beside those that
+// are in the same block come with it: nobody sees them.
+inline bool locate_run(const AttentionItem& t, int64_t base, int64_t begin, int64_t end, Slots& slots) {
+  if (base + kAttentionKeys <= begin || base >= end || t.k_rows.key != 1 || t.v_rows.key != 1) return false;
+  const int64_t place = base + t.key_start, block = place / t.block_size, offset = place - block * t.block_size;
+  if (offset + kAttentionKeys > t.block_size) return false;
+  slots.k[0] = t.k_rows.of(t.blocks[block], t.kv_head, offset);
+  slots.v[0] = t.v_rows.of(t.blocks[block], t.kv_head, offset);
+  return true;
+}
 
 // Finds the keys [begin, end) of the step that starts at `base`.
 inline void locate(const AttentionItem& t, int64_t base, int64_t begin, int64_t end, Slots& slots) {
+  slots.run = locate_run(t, base, begin, end, slots);
+  if (slots.run) return;
   const CacheRows k_rows = t.k_rows, v_rows = t.v_rows;  // copies, which no store below can change
   const int64_t stop = lesser(end, base + kAttentionKeys);
   int64_t key = greater(begin, base);
-  slots.run = false;
   for (int64_t j = 0; j < key - base; ++j) slots.k[j] = slots.v[j] = -1;
   for (int64_t j = greater(stop, key) - base; j < kAttentionKeys; ++j) slots.k[j] = slots.v[j] = -1;
   while (key < stop) {
@@ -58,7 +72,6 @@ inline void locate(const AttentionItem& t, int64_t base, int64_t begin, int64_t 
     const int64_t k = k_rows.of(t.blocks[block], t.kv_head, offset);
     const int64_t v = v_rows.of(t.blocks[block], t.kv_head, offset);
     const int64_t count = lesser(stop - key, t.block_size - offset);
-    slots.run = count == kAttentionKeys && k_rows.key == 1 && v_rows.key == 1;
     for (int64_t i = 0; i < count; ++i) slots.k[key - base + i] = k + i * k_rows.key;
     for (int64_t i = 0; i < count; ++i) slots.v[key - base + i] = v + i * v_rows.key;
     key += count;
@@ -67,10 +80,11 @@ inline void locate(const AttentionItem& t, int64_t base, int64_t begin, int64_t 
 
 // Asks for key number j of a step and its value ahead of their use.
 inline void prefetch_slot(const AttentionItem& t, const Slots& slots, int64_t j, int64_t row_bytes) {
-  if (slots.k[j] < 0) return;
+  const int64_t key = slots.key(j), value = slots.value(j);
+  if (key < 0) return;
   for (int64_t i = 0; i < row_bytes; i += 64) {
-    prefetch(static_cast<const char*>(t.k) + slots.k[j] * row_bytes + i);
-    prefetch(static_cast<const char*>(t.v) + slots.v[j] * row_bytes + i);
+    prefetch(static_cast<const char*>(t.k) + key * row_bytes + i);
+    prefetch(static_cast<const char*>(t.v) + value * row_bytes + i);
   }
 }
 

@@ -290,8 +290,8 @@ typedef struct mxmoe_attention_batch {
  *   sliding_window   visible keys, the query's own included; 0 for all
  *   activations   FLOAT32, and any with a float32 cache, rounds nothing before out. The others, which are one here,
  *             round queries for a bfloat16 cache to bfloat16, for an int8 cache to 1 / 16256 of a head's largest
- *             magnitude, and the weights exp(s_j - m) to bfloat16 as they multiply the values; the denominator sums
- *             the weights of a bfloat16 cache as rounded
+ *             magnitude, and the weights exp(s_j - m) to bfloat16, or for some processors' int8 caches finer, as they
+ *             multiply the values; the denominator sums the weights of a bfloat16 cache as rounded
  *   sink_share    (num_tokens, num_attention_heads) float32, written: the sink's share of each softmax; or NULL
  *   out       shape of q, float; token stride */
 MXMOE_API int mxmoe_sink_attention(const mxmoe_tensor* q, const mxmoe_kv_cache* cache, const mxmoe_tensor* sinks,
