@@ -8,7 +8,7 @@ import pytest
 
 from mxmoe import _core, ops, packing
 from mxmoe.layers import ExpertMatrix, Linear
-from mxmoe.memory import empty
+from mxmoe.memory import empty, zeros
 from op_helpers import FLOATS, normal
 
 MODES = ("float32", "bf16", "int8")
@@ -101,8 +101,30 @@ def test_large_panels_begin_with_a_huge_page():
 
 
 def test_memory_that_is_not_there():
-    with pytest.raises(MemoryError):
+    with pytest.raises(MemoryError, match="weights of 1125899906842624 bytes find no room"):
         empty((1 << 50,))
+    with pytest.raises(MemoryError, match=r"keys of \d+ bytes find no room"):
+        zeros([((3,), np.int8), ((1 << 50,), np.float32)], "keys")
+
+
+@pytest.mark.parametrize("large", [0, 3 << 20])
+def test_arrays_in_one_piece_of_memory(large):
+    wanted = [
+        ((3, 5), np.int8),
+        ((7,), np.float32),
+        ((large,), np.uint8),
+        ((0, 4), np.float64),
+        ((2, 3), FLOATS["bfloat16"]),
+    ]
+    arrays = zeros(wanted, "arrays")
+    assert [(a.shape, a.dtype) for a in arrays] == [(shape, np.dtype(dtype)) for shape, dtype in wanted]
+    for i, array in enumerate(arrays):
+        assert not array.any() and array.flags.c_contiguous and array.flags.writeable
+        assert (array.ctypes.data - arrays[0].ctypes.data) % 64 == 0
+        array[...] = i + 1
+    assert all((array == i + 1).all() for i, array in enumerate(arrays))
+    if large and hasattr(mmap, "MADV_HUGEPAGE"):
+        assert arrays[0].ctypes.data % (2 << 20) == 0
 
 
 def test_panels_may_be_packed_wherever_they_do_not_share_bytes():

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from mxmoe import cuda, ops
+from mxmoe.memory import zeros
 
 __all__ = ["HOST", "Device", "Gpu", "Host"]
 
@@ -55,6 +56,10 @@ class Device(ABC):
         """Make an array of any content."""
 
     @abstractmethod
+    def together(self, arrays: Sequence[tuple[Sequence[int], Any]], what: str) -> list[Array]:
+        """Make arrays (shape and dtype each) of any content that live and die together."""
+
+    @abstractmethod
     def threads(self, count: int) -> AbstractContextManager[None]:
         """Run what follows on so many threads of the host; 0 for all CPUs."""
 
@@ -87,6 +92,10 @@ class Host(Device):
     def empty(self, shape: Sequence[int], dtype: Any, what: str = "an array") -> HostArray:
         """Make an array of zeros: memory that the system hands out when it is first written."""
         return np.zeros(shape, dtype)
+
+    def together(self, arrays: Sequence[tuple[Sequence[int], Any]], what: str) -> list[HostArray]:
+        """Make arrays of zeros, large ones in huge pages; they take memory as they are first written."""
+        return zeros(arrays, what)
 
     def threads(self, count: int) -> AbstractContextManager[None]:
         """Set the number of the kernels' threads for a ``with`` block."""
@@ -151,6 +160,10 @@ class Gpu(Device):
     def empty(self, shape: Sequence[int], dtype: Any, what: str = "an array") -> Array:
         """Make an uninitialised array."""
         return cuda.empty(shape, dtype if isinstance(dtype, str) else np.dtype(dtype).name, what)
+
+    def together(self, arrays: Sequence[tuple[Sequence[int], Any]], what: str) -> list[Array]:
+        """Make uninitialised arrays."""
+        return [self.empty(shape, dtype, what) for shape, dtype in arrays]
 
     def threads(self, count: int) -> AbstractContextManager[None]:
         """Do nothing: the host only launches."""

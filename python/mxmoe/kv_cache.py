@@ -183,17 +183,12 @@ class KVCache:
     def _allocate(self, i: int) -> LayerCache:
         num_blocks = self._pools[self.config.layer_types[i]].num_blocks
         shape = (num_blocks, self.config.num_key_value_heads, self.block_size, self.config.head_dim)
-
-        room = f"layer {i}'s keys and values of {self.num_sequences} x {self.max_tokens} tokens"
-
-        def empty(shape: tuple[int, ...], dtype: Any) -> Array:
-            return self.device.empty(shape, dtype, room)
-
-        scales: list[Array | None] = [None, None]
+        arrays: list[tuple[tuple[int, ...], Any]] = [(shape, _DTYPES[self.dtype])] * 2
         if self.dtype == "int8":
-            scales = [empty(shape[:3], np.float32), empty(shape[:3], np.float32)]
-        dtype = _DTYPES[self.dtype]
-        return LayerCache(empty(shape, dtype), empty(shape, dtype), *scales)
+            arrays += [(shape[:3], np.float32)] * 2
+        room = f"layer {i}'s keys and values of {self.num_sequences} x {self.max_tokens} tokens"
+        k, v, *scales = self.device.together(arrays, room)
+        return LayerCache(k, v, *(scales or (None, None)))
 
     @property
     def lengths(self) -> tuple[int, ...]:
