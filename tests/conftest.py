@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 
+import mxmoe
 from cuda_helpers import EMULATION, modules
+from cuda_models import loader
 from mxmoe import _core, cuda, ops
+from small_models import write
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -73,3 +77,21 @@ def emulation() -> Iterator[ModuleType]:
     module.set_memory_limit(0)
     module.set_seed(0)
     cuda.use(None)
+
+
+@pytest.fixture(scope="module")
+def gpu_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The small random model's checkpoint."""
+    return write(tmp_path_factory.mktemp("model") / "x")
+
+
+@pytest.fixture(scope="module")
+def gpu_load(gpu_folder: Path) -> Callable[[ModuleType, str], mxmoe.Model]:
+    """Load it on a GPU in one of `GPU_MODES`, once for each."""
+    return loader(gpu_folder)
+
+
+@pytest.fixture
+def gpu_model(gpu: ModuleType, gpu_load: Callable[[ModuleType, str], mxmoe.Model]) -> mxmoe.Model:
+    """It in the mode that goes by the tensor cores' kernels; the other is ten times slower on the emulation."""
+    return gpu_load(gpu, "bf16")

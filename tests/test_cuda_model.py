@@ -14,7 +14,7 @@ import pytest
 import checkpoints
 import mxmoe
 from compare import MODEL_NOISE, assert_exact, assert_model_close
-from cuda_models import GPU_MODES, IDS, loader, plain, small_pages
+from cuda_models import GPU_MODES, IDS, plain, small_pages
 from mxmoe import cuda
 from mxmoe.checkpoint import Checkpoint
 from mxmoe.kv_cache import KVCache
@@ -26,26 +26,10 @@ PRIMES = [2, 3, 5, 7, 11, 13, 17, 19, 23]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write(tmp_path_factory.mktemp("model") / "x")
-
-
-@pytest.fixture(scope="module")
-def load(folder):
-    return loader(folder)
-
-
-@pytest.fixture
-def model(gpu, load):
-    """The mode that goes by the tensor cores' kernels; the other is ten times slower on the emulation."""
-    return load(gpu, "bf16")
-
-
-@pytest.fixture(scope="module")
-def truth(folder):
+def truth(gpu_folder):
     """The float64 logits and captured values."""
     seen = {}
-    logits = reference.forward(Checkpoint.open(folder), IDS[:50], capture=seen)
+    logits = reference.forward(Checkpoint.open(gpu_folder), IDS[:50], capture=seen)
     return logits, seen
 
 
@@ -56,9 +40,9 @@ def rows_of(value):
     return value.reshape(len(value), -1)
 
 
-def test_every_step_agrees_with_the_reference(gpu, load, truth):
+def test_every_step_agrees_with_the_reference(gpu, gpu_load, truth):
     want, seen = truth
-    model = load(gpu, "float32")
+    model = gpu_load(gpu, "float32")
     got, captured = model.forward(IDS[:50], capture=["*"])
     assert_model_close(got, want, limit=MODEL_NOISE / 10)
     assert list(captured) == model.sites
@@ -70,15 +54,15 @@ def test_every_step_agrees_with_the_reference(gpu, load, truth):
             assert_model_close(rows_of(captured[site]), rows_of(value), limit=MODEL_NOISE / 10)
 
 
-def test_rounded_it_is_as_near_as_the_cpu(gpu, load, folder, truth):
-    got = load(gpu, "bf16").forward(IDS[:50])
-    assert_model_close(got, truth[0], mxmoe.load(folder, **MODES["bf16"]).forward(IDS[:50]))
+def test_rounded_it_is_as_near_as_the_cpu(gpu, gpu_load, gpu_folder, truth):
+    got = gpu_load(gpu, "bf16").forward(IDS[:50])
+    assert_model_close(got, truth[0], mxmoe.load(gpu_folder, **MODES["bf16"]).forward(IDS[:50]))
 
 
 @pytest.mark.parametrize("layout", checkpoints.LAYOUTS[1:])
-def test_layouts_give_the_same_logits(gpu, load, tmp_path, layout):
+def test_layouts_give_the_same_logits(gpu, gpu_load, tmp_path, layout):
     got = mxmoe.load(write(tmp_path / "x", layout=layout), **GPU_MODES["bf16"]).forward(IDS[:20])
-    assert_exact(got, load(gpu, "bf16").forward(IDS[:20]))
+    assert_exact(got, gpu_load(gpu, "bf16").forward(IDS[:20]))
 
 
 SHAPES = {
@@ -116,56 +100,56 @@ CHUNKS = {"ones": [1] * 90, "sevens": [7] * 12, "primes": PRIMES, "many, then on
 
 
 @pytest.mark.parametrize("sizes", CHUNKS.values(), ids=CHUNKS)
-def test_any_chunks_give_the_same_bits(model, sizes):
-    assert_exact(in_chunks(model, IDS, sizes), model.forward(IDS))
+def test_any_chunks_give_the_same_bits(gpu_model, sizes):
+    assert_exact(in_chunks(gpu_model, IDS, sizes), gpu_model.forward(IDS))
 
 
-def test_any_chunks_give_the_same_bits_unrounded(gpu, load):
-    model = load(gpu, "float32")
+def test_any_chunks_give_the_same_bits_unrounded(gpu, gpu_load):
+    model = gpu_load(gpu, "float32")
     assert_exact(in_chunks(model, IDS[:12], [7, 2, 1, 1, 1]), model.forward(IDS[:12]))
 
 
-def test_a_replayed_step_has_the_bits_of_a_plain_one(model):
+def test_a_replayed_step_has_the_bits_of_a_plain_one(gpu_model):
     """One by one over blocks of 8: new blocks, blocks let go of, and graphs for 32, 64 and 128 tokens."""
-    want = model.forward(IDS)
-    replayed = in_chunks(model, IDS, [1] * 90, small_pages(model, 90))
-    with plain(model):
-        assert_exact(in_chunks(model, IDS, [1] * 90, small_pages(model, 90)), want)
+    want = gpu_model.forward(IDS)
+    replayed = in_chunks(gpu_model, IDS, [1] * 90, small_pages(gpu_model, 90))
+    with plain(gpu_model):
+        assert_exact(in_chunks(gpu_model, IDS, [1] * 90, small_pages(gpu_model, 90)), want)
     assert_exact(replayed, want)
 
 
 @pytest.mark.parametrize("count", [8, 9, 33])
-def test_many_sequences_decode_as_each_alone(model, count):
+def test_many_sequences_decode_as_each_alone(gpu_model, count):
     """Eight go by one launch for norm, products and rotation, more by two, and very many by the plain ops."""
     ids = np.stack([random_ids(4, seed=i) for i in range(count)])
-    cache = small_pages(model, 4, num_sequences=count)
-    rows = [model.forward(ids[:, i], cache=cache, cu_seqlens=range(count + 1)) for i in range(4)]
+    cache = small_pages(gpu_model, 4, num_sequences=count)
+    rows = [gpu_model.forward(ids[:, i], cache=cache, cu_seqlens=range(count + 1)) for i in range(4)]
     for sequence in {0, 7, count - 1}:
-        assert_exact(np.stack([row[sequence] for row in rows]), model.forward(ids[sequence]))
+        assert_exact(np.stack([row[sequence] for row in rows]), gpu_model.forward(ids[sequence]))
 
 
 LENGTHS = [1, 40, 7, 25]
 
 
-def test_any_company_gives_the_same_bits(model):
+def test_any_company_gives_the_same_bits(gpu_model):
     prompts = [random_ids(n, seed=100 + i) for i, n in enumerate(LENGTHS)]
-    alone = [model.forward(ids) for ids in prompts]
+    alone = [gpu_model.forward(ids) for ids in prompts]
     for order in ([0, 1, 2, 3], [3, 1], [2, 0, 3, 1]):
         bounds = np.concatenate([[0], np.cumsum([LENGTHS[i] for i in order])])
-        together = model.forward(np.concatenate([prompts[i] for i in order]), cu_seqlens=bounds)
+        together = gpu_model.forward(np.concatenate([prompts[i] for i in order]), cu_seqlens=bounds)
         for i, begin, end in zip(order, bounds, bounds[1:], strict=False):
             assert_exact(together[begin:end], alone[i])
 
 
-def test_decoding_in_changing_company(model):
+def test_decoding_in_changing_company(gpu_model):
     prompts = [random_ids(30, seed=i) for i in range(3)]
-    alone = [model.forward(ids) for ids in prompts]
-    cache, done = small_pages(model, 40, num_sequences=4), [5, 9, 1]
+    alone = [gpu_model.forward(ids) for ids in prompts]
+    cache, done = small_pages(gpu_model, 40, num_sequences=4), [5, 9, 1]
     for i in range(3):
-        assert_exact(model.forward(prompts[i][: done[i]], cache=cache, sequences=[i + 1]), alone[i][: done[i]])
+        assert_exact(gpu_model.forward(prompts[i][: done[i]], cache=cache, sequences=[i + 1]), alone[i][: done[i]])
     for order in [[0, 1, 2]] * 4 + [[2, 0, 1]] * 3 + [[1, 0]] * 3 + [[2]] * 3 + [[0, 1, 2]] * 3:
         ids = [prompts[i][done[i]] for i in order]
-        rows = model.forward(
+        rows = gpu_model.forward(
             ids, cache=cache, cu_seqlens=range(len(order) + 1), sequences=[i + 1 for i in order], logits="last"
         )
         for row, i in zip(rows, order, strict=True):
@@ -174,12 +158,12 @@ def test_decoding_in_changing_company(model):
     assert cache.lengths == (0, *done)
 
 
-def test_more_than_a_step_and_a_block_of_the_cache(model):
+def test_more_than_a_step_and_a_block_of_the_cache(gpu_model):
     ids = random_ids(300, seed=5)
-    want = model.forward(ids)  # at once, over two blocks of 256
-    cache = KVCache(CONFIG, 300, dtype="bf16", step_tokens=128, device=model.new_cache(1).device)
-    assert_exact(in_chunks(model, ids, [250, *[1] * 10, 30, 1], cache), want)
-    assert_exact(model.forward(ids[:140], logits="last"), want[139:140])
+    want = gpu_model.forward(ids)  # at once, over two blocks of 256
+    cache = KVCache(CONFIG, 300, dtype="bf16", step_tokens=128, device=gpu_model.new_cache(1).device)
+    assert_exact(in_chunks(gpu_model, ids, [250, *[1] * 10, 30, 1], cache), want)
+    assert_exact(gpu_model.forward(ids[:140], logits="last"), want[139:140])
 
 
 # What a step is made of
@@ -214,18 +198,18 @@ def expert_kernels(model, count=1):
 AROUND_LAYERS = 5
 
 
-def test_a_layer_is_few_kernels(model):
-    assert expert_kernels(model) == 2
-    assert graph_of(model).num_nodes == AROUND_LAYERS + 6 * len(model.layers)
+def test_a_layer_is_few_kernels(gpu_model):
+    assert expert_kernels(gpu_model) == 2
+    assert graph_of(gpu_model).num_nodes == AROUND_LAYERS + 6 * len(gpu_model.layers)
     # More sequences than one launch can normalise for.
-    more = graph_of(model, 9).num_nodes - AROUND_LAYERS
-    assert more == len(model.layers) * (5 + expert_kernels(model, 9))
+    more = graph_of(gpu_model, 9).num_nodes - AROUND_LAYERS
+    assert more == len(gpu_model.layers) * (5 + expert_kernels(gpu_model, 9))
 
 
-def test_what_cannot_be_fused_takes_the_plain_ops(gpu, load, folder):
+def test_what_cannot_be_fused_takes_the_plain_ops(gpu, gpu_load, gpu_folder):
     from mxmoe.layers import LowRank
 
-    model = mxmoe.load(folder, **GPU_MODES["bf16"])
+    model = mxmoe.load(gpu_folder, **GPU_MODES["bf16"])
     kernels, layers = expert_kernels(model), len(model.layers)
     fused = AROUND_LAYERS + layers * (4 + kernels)
     assert graph_of(model).num_nodes == fused
@@ -244,11 +228,11 @@ def test_what_cannot_be_fused_takes_the_plain_ops(gpu, load, folder):
     # In float32 the norm and the router are fused, what stands before attention is not: norm, three products,
     # rotation, cache.
     unrounded = AROUND_LAYERS + 2 + layers * (6 + 1 + 1 + 1 + kernels)
-    assert graph_of(load(gpu, "float32")).num_nodes == unrounded
+    assert graph_of(gpu_load(gpu, "float32")).num_nodes == unrounded
 
 
-def test_kernels_of_a_step_overlap(gpu, folder, monkeypatch):
-    model = mxmoe.load(folder, **GPU_MODES["bf16"])
+def test_kernels_of_a_step_overlap(gpu, gpu_folder, monkeypatch):
+    model = mxmoe.load(gpu_folder, **GPU_MODES["bf16"])
     graph = graph_of(model)
     can = gpu.status().devices[0].compute_capability >= (9, 0) or hasattr(gpu, "set_seed")
     # The experts' are launched as their own file says; nothing stands before the first.
@@ -256,20 +240,20 @@ def test_kernels_of_a_step_overlap(gpu, folder, monkeypatch):
     assert graph.num_overlaps >= (least if can else 0)
     assert can or graph.num_overlaps == 0
     monkeypatch.setenv("MXMOE_CUDA_OVERLAP", "0")
-    plain = graph_of(mxmoe.load(folder, **GPU_MODES["bf16"]))
+    plain = graph_of(mxmoe.load(gpu_folder, **GPU_MODES["bf16"]))
     assert (plain.num_nodes, plain.num_overlaps) == (graph.num_nodes, 0)
 
 
 # Memory
 
 
-def test_a_model_takes_its_checkpoint_and_gives_it_back(emulation, folder):
+def test_a_model_takes_its_checkpoint_and_gives_it_back(emulation, gpu_folder):
     cuda.synchronize()
     gc.collect()
     start = emulation.device_bytes()
-    model = mxmoe.load(folder, **GPU_MODES["bf16"])
+    model = mxmoe.load(gpu_folder, **GPU_MODES["bf16"])
     held = sum(part["bytes"] for part in model.components.values())
-    assert held == Checkpoint.open(folder).nbytes
+    assert held == Checkpoint.open(gpu_folder).nbytes
     cache = model.new_cache(100)
     in_chunks(model, IDS[:5], [1] * 5, cache)
     del model, cache
@@ -279,13 +263,13 @@ def test_a_model_takes_its_checkpoint_and_gives_it_back(emulation, folder):
     assert emulation.device_bytes() < start + held // 2
 
 
-def test_no_room_is_said_of_what(emulation, folder):
+def test_no_room_is_said_of_what(emulation, gpu_folder):
     emulation.set_memory_limit(emulation.device_bytes() + 300_000)
     with pytest.raises(MemoryError, match=r"no room for layer \d's \w+ \(the model has .* already") as problem:
-        mxmoe.load(folder, **GPU_MODES["bf16"])
+        mxmoe.load(gpu_folder, **GPU_MODES["bf16"])
     assert "free" in str(problem.value)
     emulation.set_memory_limit(0)
-    model = mxmoe.load(folder, **GPU_MODES["bf16"])
+    model = mxmoe.load(gpu_folder, **GPU_MODES["bf16"])
     emulation.set_memory_limit(emulation.device_bytes() + 100_000)
     with pytest.raises(MemoryError, match=r"no room for layer \d's keys and values of 16 x 4000 tokens"):
         model.new_cache(4000, num_sequences=16)
@@ -294,10 +278,10 @@ def test_no_room_is_said_of_what(emulation, folder):
 # Commands
 
 
-def test_info_takes_no_memory_of_a_gpu(emulation, folder):
+def test_info_takes_no_memory_of_a_gpu(emulation, gpu_folder):
     from mxmoe.commands import info
 
-    model = mxmoe.load(folder, **GPU_MODES["bf16"])
+    model = mxmoe.load(gpu_folder, **GPU_MODES["bf16"])
     before = emulation.device_bytes()
     result = info.run(model)
     assert emulation.device_bytes() == before
@@ -309,52 +293,52 @@ def test_info_takes_no_memory_of_a_gpu(emulation, folder):
 
 
 @pytest.mark.parametrize("option", ["dense", "activations"])
-def test_what_is_the_cpus_alone(folder, option):
+def test_what_is_the_cpus_alone(gpu_folder, option):
     with pytest.raises(ValueError, match=f"{option} is 'int8', which only device 'cpu' does"):
-        mxmoe.load(folder, device="cuda", **{option: "int8"})
+        mxmoe.load(gpu_folder, device="cuda", **{option: "int8"})
     with pytest.raises(ValueError, match="backend is 'reference'"):
-        mxmoe.load(folder, device="cuda", backend="reference")
+        mxmoe.load(gpu_folder, device="cuda", backend="reference")
     with pytest.raises(ValueError, match="device is 'tpu'; wanted 'cpu' or 'cuda'"):
-        mxmoe.load(folder, device="tpu")
+        mxmoe.load(gpu_folder, device="tpu")
 
 
-def test_a_cache_elsewhere_is_refused(model, folder):
-    cpu = mxmoe.load(folder)
+def test_a_cache_elsewhere_is_refused(gpu_model, gpu_folder):
+    cpu = mxmoe.load(gpu_folder)
     with pytest.raises(ValueError, match="cache is on 'cpu'; wanted one on 'cuda'"):
-        model.forward(IDS[:3], cache=cpu.new_cache(9))
+        gpu_model.forward(IDS[:3], cache=cpu.new_cache(9))
     with pytest.raises(ValueError, match="cache is on 'cuda'; wanted one on 'cpu'"):
-        cpu.forward(IDS[:3], cache=model.new_cache(9))
+        cpu.forward(IDS[:3], cache=gpu_model.new_cache(9))
 
 
-def test_a_host_array_in_a_layers_place_is_refused(gpu, folder):
-    model = mxmoe.load(folder, **GPU_MODES["bf16"])
+def test_a_host_array_in_a_layers_place_is_refused(gpu, gpu_folder):
+    model = mxmoe.load(gpu_folder, **GPU_MODES["bf16"])
     model.norm.weight = np.ones(CONFIG.hidden_size, np.float32)
     with pytest.raises((TypeError, ValueError), match="weight"):
         model.forward(IDS[:3])
 
 
 @pytest.mark.skipif(cuda.problem() is None, reason="there is a GPU")
-def test_without_a_gpu_the_error_says_what_is_missing(folder):
+def test_without_a_gpu_the_error_says_what_is_missing(gpu_folder):
     command = [sys.executable, "-m", "mxmoe", "generate", "--device", "cuda", "--prompt", "x"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.startswith("mxmoe: error: device is 'cuda', but this machine cannot run there: ")
     with pytest.raises(RuntimeError) as problem:
-        mxmoe.load(folder, device="cuda")
+        mxmoe.load(gpu_folder, device="cuda")
     assert str(problem.value).endswith(str(mxmoe.doctor().cuda["problem"]))
     checkpoints.assert_clear(problem)
 
 
-def test_refusals_leave_the_cache_as_it_was(model):
-    cache = model.new_cache(12)
-    model.forward(IDS[:10], cache=cache)
+def test_refusals_leave_the_cache_as_it_was(gpu_model):
+    cache = gpu_model.new_cache(12)
+    gpu_model.forward(IDS[:10], cache=cache)
     with pytest.raises(ValueError, match="3 more do not fit"):
-        model.forward(IDS[10:13], cache=cache)
+        gpu_model.forward(IDS[10:13], cache=cache)
     with pytest.raises(ValueError, match="token_ids holds 200"):
-        model.forward([200], cache=cache)
+        gpu_model.forward([200], cache=cache)
     assert cache.lengths == (10,)
-    assert_exact(in_chunks(model, IDS[10:12], [1, 1], cache), model.forward(IDS[:12])[10:])
-    other = mxmoe.load(model.path, device="cuda")
-    assert other.config == model.config
+    assert_exact(in_chunks(gpu_model, IDS[10:12], [1, 1], cache), gpu_model.forward(IDS[:12])[10:])
+    other = mxmoe.load(gpu_model.path, device="cuda")
+    assert other.config == gpu_model.config
     with pytest.raises(ValueError, match="another configuration"):
-        model.check_cache(KVCache(replace(CONFIG, sliding_window=21), 5))
+        gpu_model.check_cache(KVCache(replace(CONFIG, sliding_window=21), 5))

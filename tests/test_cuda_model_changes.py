@@ -7,28 +7,12 @@ import pytest
 
 import mxmoe
 from compare import MODEL_NOISE, assert_exact, assert_model_close
-from cuda_models import GPU_MODES, IDS, loader, plain
+from cuda_models import GPU_MODES, IDS, plain
 from mxmoe import cuda
-from small_models import CONFIG, MODES, in_chunks, write
+from small_models import CONFIG, MODES, in_chunks
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return write(tmp_path_factory.mktemp("model") / "x")
-
-
-@pytest.fixture(scope="module")
-def load(folder):
-    return loader(folder)
-
-
-@pytest.fixture
-def model(gpu, load):
-    """The mode that goes by the tensor cores' kernels; the other is ten times slower on the emulation."""
-    return load(gpu, "bf16")
-
-
-def test_hooks_see_and_change_what_they_do_on_the_cpu(gpu, load, folder):
+def test_hooks_see_and_change_what_they_do_on_the_cpu(gpu, gpu_load, gpu_folder):
     seen = {}
 
     def ablate(logits, context):
@@ -36,7 +20,7 @@ def test_hooks_see_and_change_what_they_do_on_the_cpu(gpu, load, folder):
         logits[:, 3] = -np.inf
 
     results = []
-    for model in (load(gpu, "float32"), mxmoe.load(folder, **MODES["float32"])):
+    for model in (gpu_load(gpu, "float32"), mxmoe.load(gpu_folder, **MODES["float32"])):
         with model.hook("layers.*.router_logits", ablate), model.hook("layers.1.keys", lambda k, _: 0.5 * k):
             results.append(model.forward(IDS[:6], capture=["layers.2.topk_ids", "layers.0.sink_share"]))
         results.append(model.forward(IDS[:6], capture=["layers.2.topk_ids"]))
@@ -48,26 +32,26 @@ def test_hooks_see_and_change_what_they_do_on_the_cpu(gpu, load, folder):
     assert not (captured["layers.2.topk_ids"] == 3).any()
     np.testing.assert_allclose(captured["layers.0.sink_share"], wanted["layers.0.sink_share"], rtol=1e-4, atol=1e-6)
     assert len(seen) == 3
-    changing = load(gpu, "float32").hook("layers.0.sink_share", lambda share, _: share + 1)
+    changing = gpu_load(gpu, "float32").hook("layers.0.sink_share", lambda share, _: share + 1)
     with changing, pytest.raises(ValueError, match="read-only"):
-        load(gpu, "float32").forward(IDS[:3])
+        gpu_load(gpu, "float32").forward(IDS[:3])
 
 
-def test_a_hook_between_decoding_steps_is_felt(model):
-    cache = model.new_cache(60)
-    model.forward(IDS[:10], cache=cache)
+def test_a_hook_between_decoding_steps_is_felt(gpu_model):
+    cache = gpu_model.new_cache(60)
+    gpu_model.forward(IDS[:10], cache=cache)
     for i in (10, 11, 12):
-        model.forward(IDS[i : i + 1], cache=cache)
-    with model.hook("layers.0.residual", lambda x, _: np.zeros_like(x)):
-        changed = model.forward(IDS[13:14], cache=cache)
+        gpu_model.forward(IDS[i : i + 1], cache=cache)
+    with gpu_model.hook("layers.0.residual", lambda x, _: np.zeros_like(x)):
+        changed = gpu_model.forward(IDS[13:14], cache=cache)
     cache.reset()
-    model.forward(IDS[:13], cache=cache)
-    assert_exact(model.forward(IDS[13:14], cache=cache), model.forward(IDS[:14])[13:])
-    assert (changed != model.forward(IDS[:14])[13:]).any()
+    gpu_model.forward(IDS[:13], cache=cache)
+    assert_exact(gpu_model.forward(IDS[13:14], cache=cache), gpu_model.forward(IDS[:14])[13:])
+    assert (changed != gpu_model.forward(IDS[:14])[13:]).any()
 
 
-def test_new_weights_are_taken_by_the_next_step(gpu, folder):
-    model = mxmoe.load(folder, **GPU_MODES["bf16"])
+def test_new_weights_are_taken_by_the_next_step(gpu, gpu_folder):
+    model = mxmoe.load(gpu_folder, **GPU_MODES["bf16"])
     cache = model.new_cache(60)
     before = in_chunks(model, IDS[:9], [1] * 9, cache)
     scale = np.linspace(0.5, 2.0, CONFIG.hidden_size, dtype=np.float32)
@@ -90,7 +74,7 @@ def test_new_weights_are_taken_by_the_next_step(gpu, folder):
         before = got
 
 
-def test_an_adapter_beside_the_layers(gpu, load, folder):
+def test_an_adapter_beside_the_layers(gpu, gpu_load, gpu_folder):
     from mxmoe.adapters import bfloat16_parts
     from mxmoe.layers import LowRank
 
@@ -106,15 +90,15 @@ def test_an_adapter_beside_the_layers(gpu, load, folder):
             part.adapter = LowRank(part.ops, *parts, part.activations)
         return model.forward(IDS[:12])
 
-    model = mxmoe.load(folder, **GPU_MODES["float32"])
+    model = mxmoe.load(gpu_folder, **GPU_MODES["float32"])
     got = put(model, cuda.array)
-    assert_model_close(got, put(mxmoe.load(folder, **MODES["float32"]), lambda x: x), limit=MODEL_NOISE)
-    assert np.abs(got - load(gpu, "float32").forward(IDS[:12])).max() > 0.01
+    assert_model_close(got, put(mxmoe.load(gpu_folder, **MODES["float32"]), lambda x: x), limit=MODEL_NOISE)
+    assert np.abs(got - gpu_load(gpu, "float32").forward(IDS[:12])).max() > 0.01
     assert_exact(in_chunks(model, IDS[:12], [8, *[1] * 4]), got)
 
 
-def test_layers_whose_activations_differ(gpu, folder):
-    model = mxmoe.load(folder, **GPU_MODES["bf16"])
+def test_layers_whose_activations_differ(gpu, gpu_folder):
+    model = mxmoe.load(gpu_folder, **GPU_MODES["bf16"])
     want = model.forward(IDS[:20])
     model.layers[0].self_attn.k_proj.activations = "float32"
     got = model.forward(IDS[:20])

@@ -10,8 +10,9 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import ArrayLike
 
+from mxmoe.batch import check_token_ids
 from mxmoe.kv_cache import KVCache
-from mxmoe.model import Transformer, check_token_ids
+from mxmoe.model import Transformer
 from mxmoe.sampling import Sampler, SamplingParams, whole_number
 from mxmoe.tokenizer import StopStrings, StreamDecoder, Tokenizer, TokenizerError
 

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from mxmoe import ops as kernels
+from mxmoe.batch import check_bounds, check_sequences, check_token_ids
 from mxmoe.config import ModelConfig
 from mxmoe.decoding import Decoder, draw
 from mxmoe.devices import HOST, Device, Gpu
@@ -27,7 +28,6 @@ __all__ = ["LoadOptions", "Transformer"]
 
 Array = NDArray[Any]
 Logits = Literal["all", "last", "none"]
-_FEW = 16  # numbers that Python goes through faster than NumPy
 _T = TypeVar("_T")
 
 
@@ -365,12 +365,12 @@ class Transformer:
     ) -> _Run:
         """Check what `forward` was given, and fill in the defaults."""
         ids = check_token_ids(token_ids, self.config.vocab_size)
-        bounds = _check_bounds(cu_seqlens, ids.size)
+        bounds = check_bounds(cu_seqlens, ids.size)
         counts = [end - begin for begin, end in itertools.pairwise(bounds)]
         if cache is None:
             cache = self.new_cache(max(counts), num_sequences=len(counts))
         self.check_cache(cache)
-        which = _check_sequences(sequences, len(counts))
+        which = check_sequences(sequences, len(counts))
         for sequence, count in zip(which, counts, strict=True):
             cache.check_room(sequence, count)
         return _Run(ids, bounds, which, cache)
@@ -456,49 +456,6 @@ class Transformer:
         logits: Array = self.lm_head(tap("final_norm", self.norm(x)), out=out)
         logits = tap("logits", logits)
         return logits
-
-
-def _integers(name: str, values: ArrayLike) -> Array:
-    """Convert to a vector of integers; ValueError for what is none."""
-    try:
-        array = np.asarray(values)
-    except ValueError:
-        raise ValueError(f"{name} is ragged; wanted a vector of integers") from None
-    if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iu":
-        raise ValueError(
-            f"{name} has shape {array.shape} and dtype {array.dtype}; wanted a non-empty vector of integers"
-        )
-    return array
-
-
-def check_token_ids(token_ids: ArrayLike, vocab_size: int) -> NDArray[np.int64]:
-    """Convert to int64 what is a non-empty vector of ids below `vocab_size`; ValueError for everything else."""
-    ids = _integers("token_ids", token_ids)
-    few = ids.tolist() if ids.size <= _FEW else [ids.min(), ids.max()]
-    if min(few) < 0 or max(few) >= vocab_size:
-        bad = ids[(ids < 0) | (ids >= vocab_size)][0]
-        raise ValueError(f"token_ids holds {bad}; wanted 0 to {vocab_size - 1}")
-    return ids.astype(np.int64)
-
-
-def _check_bounds(cu_seqlens: Sequence[int] | None, num_tokens: int) -> list[int]:
-    if cu_seqlens is None:
-        return [0, num_tokens]
-    bounds: list[int] = _integers("cu_seqlens", cu_seqlens).tolist()
-    if len(bounds) < 2 or bounds[0] != 0 or bounds[-1] != num_tokens:
-        raise ValueError(f"cu_seqlens is {bounds}; wanted it to run from 0 to {num_tokens}")
-    if any(end <= begin for begin, end in itertools.pairwise(bounds)):
-        raise ValueError(f"cu_seqlens is {bounds}; wanted at least one token for every sequence")
-    return bounds
-
-
-def _check_sequences(sequences: Sequence[int] | None, count: int) -> list[int]:
-    if sequences is None:
-        return list(range(count))
-    which: list[int] = _integers("sequences", sequences).tolist()
-    if len(which) != count or len(set(which)) != count:
-        raise ValueError(f"sequences is {which}; wanted {count} different numbers, as many as cu_seqlens has")
-    return which
 
 
 def _wanted_rows(logits: Logits, bounds: list[int], begin: int, end: int) -> list[int]:
