@@ -20,7 +20,8 @@ namespace {
 constexpr int kTile = 4;  // rows of a tile
 // Rows whose scores are all there before their weights are made, so that one tile's maximum finds its way through
 // lanes while another is at work.
-constexpr int kTogether = 2 * kTile;
+constexpr int kTiles = 2;
+constexpr int kTogether = kTiles * kTile;
 constexpr int kVectors = kAttentionKeys / kLanes;  // vectors of a tile's row
 static_assert(kAttentionRows % kTogether == 0 && kVectors == 4, "tiles of 4 x 64");
 
@@ -255,10 +256,11 @@ inline void attend_step(const AttentionItem& t, const Slots& next, AttentionStat
                         bool seen_by_all) {
   const int64_t row_bytes = t.head_dim * static_cast<int64_t>(sizeof(typename Cache::Value));
   for (int64_t row = 0; row < num_rows(t); row += kTogether) {
-    ask(t, next, kAttentionKeys * (row / kTogether + 1) * kTogether / (num_tiles(t) * kTile), row_bytes, s.ahead);
+    const int64_t rows_done = lesser(row + kTogether, num_rows(t));
+    ask(t, next, kAttentionKeys * rows_done / num_rows(t), row_bytes, s.ahead);
     uint64_t visible[kTogether];
-    bool any[2] = {}, all[2] = {};
-    const int tiles = row + kTile < num_rows(t) ? 2 : 1;
+    bool any[kTiles] = {}, all[kTiles] = {};
+    const auto tiles = static_cast<int>(lesser(kTiles, num_tiles(t) - row / kTile));
     for (int i = 0; i < tiles; ++i) {
       uint64_t some = seen_by_all ? 1 : 0, every = ~uint64_t{0};
       for (int r = i * kTile; r < (i + 1) * kTile && !seen_by_all; ++r) {
