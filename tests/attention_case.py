@@ -9,7 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from compare import assert_close
 from mxmoe import ops
+from mxmoe.reference import ops as reference
 from op_helpers import BF16, normal, to_torch, wide
 
 KV_DTYPES = ["float32", "bfloat16", "int8"]
@@ -260,3 +262,15 @@ def torch_attention(
         y[cu[b] : cu[b + 1]] = (torch.einsum("htj,jhd->htd", weights, v) / total).transpose(0, 1)
         share[cu[b] : cu[b + 1]] = (sink / total)[..., 0].T
     return y.to(getattr(torch, dtype)), share
+
+
+def check_attention(got: Any, case: AttentionCase, dtype: str = "float32") -> None:
+    """Compare a result with the reference, next to torch's."""
+    exact = replace(case, q=case.rounded_q)
+    want = exact.run(reference.sink_attention)
+    # Values of both signs may cancel: errors are measured against what the same weights make of their magnitudes.
+    magnitudes = exact.run(reference.sink_attention, v_cache=np.abs(case.kwargs["v_cache"]))
+    scale = np.sqrt(np.mean(magnitudes**2, axis=-1, keepdims=True))
+    coarsest = "bfloat16" if case.rounds else dtype
+    baseline = torch_attention(case, dtype)[0]
+    assert_close(got, want, baseline=baseline, dtype=coarsest, out_dtype=dtype, scale=scale)
