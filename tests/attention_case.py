@@ -264,13 +264,17 @@ def torch_attention(
     return y.to(getattr(torch, dtype)), share
 
 
+def expected(case: AttentionCase) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Result of the reference for the queries as they meet the cache, and the size that errors are measured in."""
+    exact = replace(case, q=case.rounded_q)
+    # Values of both signs may cancel: errors are measured against what the same weights make of their magnitudes.
+    magnitudes = exact.run(reference.sink_attention, v_cache=np.abs(wide(case.kwargs["v_cache"])))
+    return exact.run(reference.sink_attention), np.sqrt(np.mean(magnitudes**2, axis=-1, keepdims=True))
+
+
 def check_attention(got: Any, case: AttentionCase, dtype: str = "float32") -> None:
     """Compare a result with the reference, next to torch's."""
-    exact = replace(case, q=case.rounded_q)
-    want = exact.run(reference.sink_attention)
-    # Values of both signs may cancel: errors are measured against what the same weights make of their magnitudes.
-    magnitudes = exact.run(reference.sink_attention, v_cache=np.abs(case.kwargs["v_cache"]))
-    scale = np.sqrt(np.mean(magnitudes**2, axis=-1, keepdims=True))
+    want, scale = expected(case)
     coarsest = "bfloat16" if case.rounds else dtype
     baseline = torch_attention(case, dtype)[0]
     assert_close(got, want, baseline=baseline, dtype=coarsest, out_dtype=dtype, scale=scale)

@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from attention_case import make, padded_left
+from attention_case import check_attention, make, padded_left
 from compare import assert_exact
 from cuda_helpers import down, poisoned_up, up
 from mxmoe import cuda
-from test_cuda_sink_attention import check, run
+from test_cuda_sink_attention import run
 
 SPLIT, WHOLE = "sink_attention_bf16_split_sm90_kernel", "sink_attention_bf16_sm90_kernel"
 MODE = "bfloat16/bf16"
@@ -61,7 +61,7 @@ def test_a_row_has_the_same_bits_in_both_and_in_any_chunk(gpu, group, window):
     length = 290
     case = draw([(length, length)], (group, 1), window=window, block_size=48)
     want = run_whole(gpu, case)
-    check(want, case)
+    check_attention(want, case)
     for begin, end in ((0, 1), (127, 128), (128, 129), (250, 257), (289, 290), (200, 290)):
         if end <= 128:  # a single chunk is never split
             assert_exact(run(case.tail(0, begin, end)), want[begin:end])
@@ -76,7 +76,7 @@ def test_any_batch_gives_the_same_bits(gpu, heads):
     sequences = [(0, 0), (3, 3), (1, 300), (40, 200), (0, 5), (150, 500), (1, 129), (9, 9)]
     case = draw(sequences, heads, window=170)
     want = run_whole(gpu, case)
-    check(want, case)
+    check_attention(want, case)
     assert_exact(run(case), want)
     ran, starts = set(), case.cu_seqlens
     for b, (new, length) in enumerate(sequences):
@@ -94,7 +94,7 @@ def test_any_order_of_warpgroups_gives_the_same_bits(gpu, seed):
         gpu.set_seed(100 + seed)
     want = run_whole(gpu, case)
     if seed < 2:
-        check(want, case)
+        check_attention(want, case)
     if gpu.architectures() == "emulation":
         gpu.set_seed(0)
         assert_exact(run_whole(gpu, case), want)
@@ -116,7 +116,7 @@ def test_warpgroups_without_rows_stay_in_step(gpu, chunks, seed):
 def test_more_chunks_than_the_merge_takes_at_once(gpu, architecture):
     case = draw([(2, 128 * 258 - 5), (1, 128 * 256), (1, 128 * 257)], (3, 1))
     with cuda.architecture(architecture):
-        check(run(case), case)
+        check_attention(run(case), case)
         assert "split" in gpu.last_kernels()["sink_attention"]
 
 
@@ -133,7 +133,7 @@ def test_sinks_and_scales_of_any_size(gpu, sink, sm_scale):
     case = replace(draw([(4, 300), (30, 30)]), sm_scale=sm_scale)
     case.sinks[:] = sink
     split, share = run_split(gpu, case), poisoned_up(case.q.shape[:2])
-    check(split, case)
+    check_attention(split, case)
     assert_exact(run_whole(gpu, case), split)
     assert_exact(run(case, sink_share=share), split)
     assert np.isfinite(down(share)).all()
@@ -163,7 +163,7 @@ def test_keys_of_missing_blocks_are_not_seen(gpu, window, missing):
     for block in gone:
         case.keys[0].values[32 * block : 32 * block + 32] = np.eye(1, 64) * -1e4
     want = run_whole(gpu, case)
-    check(want, case)
+    check_attention(want, case)
     table = case.kwargs["block_table"].copy()
     table[0, gone] = missing
     assert_exact(run_whole(gpu, case, table), want)
@@ -217,6 +217,6 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_what_must_differ_does(gpu, change):
     case = draw([(2, 200)], window=141)
-    check(run(case), case)
+    check_attention(run(case), case)
     with pytest.raises(AssertionError):
-        check(run(case, **change(case)), case)
+        check_attention(run(case, **change(case)), case)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import mxmoe
-from attention_case import make, padded_left, torch_attention
+from attention_case import check_attention, make, padded_left, torch_attention
 from compare import assert_close, assert_exact, assert_model_close
 from cuda_helpers import down, poisoned_up, up
 from mxmoe import cuda, ops
@@ -34,19 +34,6 @@ def run(case, dtype="float32", q=None, **changes: Any):
     out = poisoned_up(q.shape, FLOATS[dtype])
     cuda.sink_attention(up(q), **arrays, **kwargs, out=out)
     return down(out)
-
-
-def check(got, case, dtype="float32"):
-    exact = replace(case, q=case.rounded_q)
-    want = exact.run(reference.sink_attention)
-    # No value has a magnitude of 128, which is what nobody looks at.
-    magnitudes = exact.run(
-        reference.sink_attention, v_cache=np.abs(case.kwargs["v_cache"].astype(np.int16)).clip(0, 127)
-    )
-    scale = np.sqrt(np.mean(magnitudes**2, axis=-1, keepdims=True))
-    coarsest = "bfloat16" if case.rounds else dtype
-    baseline = torch_attention(case, dtype)[0]
-    assert_close(got, want, baseline=baseline, dtype=coarsest, out_dtype=dtype, scale=scale)
 
 
 # The write
@@ -107,7 +94,7 @@ def test_scales_belong_to_it(gpu, changes, message):
 @pytest.mark.parametrize("q_dtype", FLOATS)
 def test_any_head_dim(gpu, head_dim, mode, q_dtype):
     case = make([(3, 70), (1, 9)], head_dim=head_dim, kv_dtype=mode, q_dtype=q_dtype)
-    check(run(case), case)
+    check_attention(run(case), case)
     tensor_cores = mode == "int8/bf16" and head_dim in (32, 64, 128)
     assert (gpu.last_kernels()["sink_attention"] == SIMT) != tensor_cores
 
@@ -117,7 +104,7 @@ def test_any_head_dim(gpu, head_dim, mode, q_dtype):
 @pytest.mark.parametrize("mode", MODES)
 def test_heads_and_windows(gpu, heads, window, mode):
     case = make([(2, 70), (3, 160)], heads, 32, kv_dtype=mode, window=window)
-    check(run(case, "bfloat16"), case, "bfloat16")
+    check_attention(run(case, "bfloat16"), case, "bfloat16")
 
 
 @pytest.mark.parametrize("block_size", [1, 16, 65])
@@ -125,13 +112,13 @@ def test_heads_and_windows(gpu, heads, window, mode):
 @pytest.mark.parametrize("window", [None, 33])
 def test_ragged_batches_on_any_pages(gpu, block_size, mode, window):
     case = make(RAGGED, head_dim=32, kv_dtype=mode, window=window, block_size=block_size)
-    check(run(case), case)
+    check_attention(run(case), case)
 
 
 @pytest.mark.parametrize("length", [1, 31, 33, 127, 129, 520])
 def test_any_length(gpu, length):
     case = make([(1, length)] * 2, (4, 1), 32, "int8/bf16")
-    check(run(case), case)
+    check_attention(run(case), case)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -204,9 +191,9 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_what_must_differ_does(gpu, change):
     case = make([(2, 60)], head_dim=32, kv_dtype="int8/bf16", window=41)
-    check(run(case), case)
+    check_attention(run(case), case)
     with pytest.raises(AssertionError):
-        check(run(case, **change(case)), case)
+        check_attention(run(case, **change(case)), case)
 
 
 def test_queries_keep_fourteen_bits(gpu):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from attention_case import make, padded_left, torch_attention
+from attention_case import check_attention, make, padded_left, torch_attention
 from compare import assert_close, assert_exact
 from cuda_helpers import down, poisoned_up, up
 from mxmoe import cuda, ops
@@ -72,20 +72,10 @@ def run(case, dtype="float32", **changes: Any):
     return down(out)
 
 
-def check(got, case, dtype="float32"):
-    exact = replace(case, q=case.rounded_q)
-    want = exact.run(reference.sink_attention)
-    magnitudes = exact.run(reference.sink_attention, v_cache=np.abs(case.kwargs["v_cache"]))
-    scale = np.sqrt(np.mean(magnitudes**2, axis=-1, keepdims=True))
-    coarsest = "bfloat16" if case.rounds else dtype
-    baseline = torch_attention(case, dtype)[0]
-    assert_close(got, want, baseline=baseline, dtype=coarsest, out_dtype=dtype, scale=scale)
-
-
 @pytest.mark.parametrize("head_dim", [1, 7, 16, 32, 33, 64, 80, 128, 256])
 def test_any_head_dim(gpu, head_dim, form):
     case = make([(3, 70), (1, 9)], head_dim=head_dim, kv_dtype=form.mode)
-    check(run(case), case)
+    check_attention(run(case), case)
     ran = gpu.last_kernels()["sink_attention"]
     if form.mode != "bfloat16/bf16" or head_dim not in (32, 64, 128):
         assert ran == SIMT
@@ -100,7 +90,7 @@ def test_any_head_dim(gpu, head_dim, form):
 @few_forms
 def test_any_number_of_heads(gpu, heads, window, form):
     case = make([(3, 70), (7, 30)], heads, form.head_dim, kv_dtype=form.mode, window=window)
-    check(run(case), case)
+    check_attention(run(case), case)
 
 
 @pytest.mark.parametrize("q_dtype", FLOATS)
@@ -109,7 +99,7 @@ def test_any_number_of_heads(gpu, heads, window, form):
 @pytest.mark.parametrize("length", [40, 300])
 def test_any_dtypes(gpu, form, q_dtype, y_dtype, sinks_dtype, length):
     case = make([(2, length)], (8, 2), form.head_dim, form.mode, q_dtype, sinks_dtype)
-    check(run(case, y_dtype), case, y_dtype)
+    check_attention(run(case, y_dtype), case, y_dtype)
 
 
 @few_forms
@@ -117,7 +107,7 @@ def test_any_dtypes(gpu, form, q_dtype, y_dtype, sinks_dtype, length):
 @pytest.mark.parametrize("new", [1, 20])
 def test_any_window(gpu, window, new, form):
     case = make([(new, 300)], (2, 1), form.head_dim, kv_dtype=form.mode, window=window)
-    check(run(case), case)
+    check_attention(run(case), case)
 
 
 @few_forms
@@ -125,14 +115,14 @@ def test_any_window(gpu, window, new, form):
 @pytest.mark.parametrize("new", [1, 3])
 def test_any_length(gpu, length, new, form):
     case = make([(min(new, length), length)] * 2, (4, 1), form.head_dim, form.mode)
-    check(run(case), case)
+    check_attention(run(case), case)
 
 
 @pytest.mark.parametrize("block_size", [1, 16, 65, 300])
 @pytest.mark.parametrize("window", [None, 33])
 def test_ragged_batches_on_any_pages(gpu, block_size, form, window):
     case = make(RAGGED, head_dim=form.head_dim, kv_dtype=form.mode, window=window, block_size=block_size)
-    check(run(case), case)
+    check_attention(run(case), case)
 
 
 @few_forms
@@ -155,7 +145,7 @@ def test_sink_share(gpu, form, window):
 def test_sinks_and_scores_of_any_size(gpu, form, sink, sm_scale):
     case = replace(make([(2, 200)], head_dim=form.head_dim, kv_dtype=form.mode), sm_scale=sm_scale)
     case.sinks[:] = sink
-    check(run(case), case)
+    check_attention(run(case), case)
 
 
 @pytest.mark.parametrize("window", [None, 40])
@@ -203,7 +193,7 @@ def test_keys_of_missing_blocks_are_not_seen(gpu, form):
         values=[replace(case.values[0], values=case.values[0].values[keep])],
         sinks=case.sinks,
     )
-    check(run(case, block_table=table), seen)
+    check_attention(run(case, block_table=table), seen)
 
 
 def test_a_broken_value_reaches_nobody_who_does_not_see_it(gpu, form):
