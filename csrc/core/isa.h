@@ -16,6 +16,7 @@ enum Feature : uint32_t {
   kAvx512 = 1u << 1,      // AVX-512 F, BW, DQ, VL
   kAvx512Vnni = 1u << 2,  // vpdpbusd
   kAvx512Bf16 = 1u << 3,  // vdpbf16ps
+  kFastBf16 = 1u << 4,    // which does more products than fused multiply-adds do, not fewer
 };
 
 struct IsaLevel {
@@ -46,6 +47,7 @@ bool has_isa(const std::string& name);  // throws ValueError for an unknown one
 #endif
 
 constexpr uint32_t kAvx512Dot = kAvx512 | kAvx512Vnni | kAvx512Bf16;  // what target_avx512x.h compiles for
+constexpr uint32_t kAvx512Bf16Dot = kAvx512Dot | kFastBf16;           // where matrix products gain by vdpbf16ps
 
 // A row of an op's dispatch table.
 struct KernelRow {

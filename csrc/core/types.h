@@ -7,8 +7,10 @@
 // For the innermost pieces of kernels, whose operands must stay in registers.
 #if defined(_MSC_VER)
 #define MXMOE_INLINE __forceinline
+#define MXMOE_NOINLINE __declspec(noinline)
 #else
 #define MXMOE_INLINE inline __attribute__((always_inline))
+#define MXMOE_NOINLINE __attribute__((noinline))
 #endif
 
 namespace mxmoe {

@@ -122,56 +122,12 @@ inline void store_i8(int8_t* p, f32v x) {
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(i16, i16));
 }
 
-// --- blocks of 32 values for dot products ---
-
-inline void decode_e2m1(const uint8_t* p, f32v (&out)[kMxBlock / kLanes]) {
-  const __m256 magnitudes = _mm256_setr_ps(0, 1, 2, 3, 4, 6, 8, 12);
-  const __m256i shifts = _mm256_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28);
-  for (int i = 0; i < kMxBlock / kLanes; ++i) {
-    int32_t eight_codes;
-    std::memcpy(&eight_codes, p + 4 * i, sizeof eight_codes);
-    // The permute looks at the low three bits of each lane; the sign is bit 3.
-    const __m256i code = _mm256_srlv_epi32(_mm256_set1_epi32(eight_codes), shifts);
-    const __m256i sign = _mm256_and_si256(_mm256_slli_epi32(code, 28), _mm256_set1_epi32(INT32_MIN));
-    out[i].v = _mm256_xor_ps(_mm256_permutevar8x32_ps(magnitudes, code), _mm256_castsi256_ps(sign));
-  }
-}
-
-struct A8 {
-  __m256i lo, hi;  // int16
-};
-using W8 = A8;
-struct F8 {
-  __m256 v;
-};
-inline F8 zero_f8() { return {_mm256_setzero_ps()}; }
-inline A8 widen_i8(__m256i x) {
-  return {_mm256_cvtepi8_epi16(_mm256_castsi256_si128(x)), _mm256_cvtepi8_epi16(_mm256_extracti128_si256(x, 1))};
-}
-template <int Offset>
-inline A8 load_a8(const int8_t* p) {
-  return widen_i8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
-inline W8 load_w8(const int8_t* p) { return widen_i8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
-inline __m256i e2m1_bytes(const uint8_t* p, __m128i table) {
-  // Sixteen bytes spread to 16-bit lanes; the high nibble moves to the high byte.
-  const __m256i x = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  const __m256i codes = _mm256_and_si256(_mm256_or_si256(x, _mm256_slli_epi16(x, 4)), _mm256_set1_epi8(15));
-  return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), codes);
-}
-inline W8 decode_w8(const uint8_t* p) {
-  return widen_i8(e2m1_bytes(p, _mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)));
-}
-inline void mac8(F8& acc, const A8& a, const W8& w, float scale) {
-  const __m256i dot = _mm256_add_epi32(_mm256_madd_epi16(a.lo, w.lo), _mm256_madd_epi16(a.hi, w.hi));
-  acc.v = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dot), _mm256_set1_ps(scale), acc.v);
-}
-inline float finish(const F8& acc) { return reduce_add(f32v{acc.v}); }
-
-// --- bytes of a panel, for simd/panels_bytes.inl ---
+// --- dwords of a panel, for simd/panels*.inl ---
 
 using words = __m256i;
 inline words load_words(const char* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline void store_words(char* p, words x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x); }
+inline words words_of_floats(f32v x) { return _mm256_castps_si256(x.v); }  // the bits
 inline words broadcast_word(const char* p) {
   int32_t x;
   std::memcpy(&x, p, sizeof x);
@@ -199,6 +155,40 @@ inline f32v e8m0_scales(const uint8_t* p) {
   const words exponents =
       _mm256_slli_epi32(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))), 23);
   return {_mm256_castsi256_ps(_mm256_max_epi32(exponents, _mm256_set1_epi32(0x00400000)))};
+}
+// As in core/packed.h, of every dword.
+inline words gather_nibbles(words x) {
+  x = _mm256_and_si256(x, _mm256_set1_epi32(0x0f0f0f0f));
+  x = _mm256_and_si256(_mm256_or_si256(x, _mm256_srli_epi32(x, 4)), _mm256_set1_epi32(0x00ff00ff));
+  return _mm256_and_si256(_mm256_or_si256(x, _mm256_srli_epi32(x, 8)), _mm256_set1_epi32(0xffff));
+}
+inline words pack_words(words codes) {
+  return _mm256_or_si256(gather_nibbles(codes), _mm256_slli_epi32(gather_nibbles(_mm256_srli_epi32(codes, 4)), 16));
+}
+inline words flip_word_signs(words codes) { return _mm256_xor_si256(codes, _mm256_set1_epi8(-128)); }
+// The value of a byte of each dword as int8, of a half as bfloat16.
+template <int kByte>
+MXMOE_INLINE f32v byte_value(words codes) {
+  // A shuffle brings the byte to the top: shifts, conversions and products share two ports of most CPUs.
+  constexpr int k = kByte * 0x01000000;
+  const words top = _mm256_broadcastsi128_si256(_mm_setr_epi32(k, k + 0x04000000, k + 0x08000000, k + 0x0c000000));
+  return {_mm256_cvtepi32_ps(_mm256_srai_epi32(kByte == 3 ? codes : _mm256_shuffle_epi8(codes, top), 24))};
+}
+// Calls use(j, values) for the eight e2m1 codes of every packed dword, in order: doubled, as bytes are looked up
+// faster than floats.
+constexpr float kE2m1Unit = 0.5f;
+template <class Use>
+MXMOE_INLINE void each_e2m1(words codes, const Use& use) {
+  const words table =
+      _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12));
+  const words low = _mm256_shuffle_epi8(table, _mm256_and_si256(codes, _mm256_set1_epi8(15)));
+  const words high = _mm256_shuffle_epi8(table, _mm256_and_si256(_mm256_srli_epi16(codes, 4), _mm256_set1_epi8(15)));
+  use(0, byte_value<0>(low)), use(1, byte_value<2>(low)), use(2, byte_value<0>(high)), use(3, byte_value<2>(high));
+  use(4, byte_value<1>(low)), use(5, byte_value<3>(low)), use(6, byte_value<1>(high)), use(7, byte_value<3>(high));
+}
+inline f32v low_bf16(words pairs) { return {_mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16))}; }
+inline f32v high_bf16(words pairs) {
+  return {_mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(-65536)))};
 }
 
 }  // namespace avx2

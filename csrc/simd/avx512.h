@@ -12,32 +12,12 @@ namespace mxmoe {
 namespace avx512 {
 #include "simd/avx512_words.inl"
 
-struct A8 {
-  __m512i x;  // int16
-};
-using W8 = A8;
-struct F8 {
-  __m512 v;
-};
-inline F8 zero_f8() { return {_mm512_setzero_ps()}; }
-template <int Offset>
-inline A8 load_a8(const int8_t* p) {
-  return {_mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
-}
-inline W8 load_w8(const int8_t* p) { return load_a8<0>(p); }
-inline W8 decode_w8(const uint8_t* p) {
-  const __m128i doubled = _mm_setr_epi8(0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12);
-  return {_mm512_cvtepi8_epi16(e2m1_bytes(p, doubled))};
-}
-inline void mac8(F8& acc, const A8& a, const W8& w, float scale) {
-  acc.v = _mm512_fmadd_ps(_mm512_cvtepi32_ps(_mm512_madd_epi16(a.x, w.x)), _mm512_set1_ps(scale), acc.v);
-}
-inline float finish(const F8& acc) { return reduce_add(f32v{acc.v}); }
-
-// --- bytes of a panel, for simd/panels_bytes.inl ---
+// --- dwords of a panel, for simd/panels*.inl ---
 
 using words = __m512i;
 inline words load_words(const char* p) { return _mm512_loadu_si512(p); }
+inline void store_words(char* p, words x) { _mm512_storeu_si512(p, x); }
+inline words words_of_floats(f32v x) { return _mm512_castps_si512(x.v); }  // the bits
 inline words broadcast_word(const char* p) {
   int32_t x;
   std::memcpy(&x, p, sizeof x);
@@ -65,6 +45,39 @@ inline f32v e8m0_scales(const uint8_t* p) {
   const words exponents =
       _mm512_slli_epi32(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))), 23);
   return {_mm512_castsi512_ps(_mm512_max_epi32(exponents, _mm512_set1_epi32(0x00400000)))};
+}
+// As in core/packed.h, of every dword.
+inline words gather_nibbles(words x) {
+  x = _mm512_and_si512(x, _mm512_set1_epi32(0x0f0f0f0f));
+  x = _mm512_and_si512(_mm512_or_si512(x, _mm512_srli_epi32(x, 4)), _mm512_set1_epi32(0x00ff00ff));
+  return _mm512_and_si512(_mm512_or_si512(x, _mm512_srli_epi32(x, 8)), _mm512_set1_epi32(0xffff));
+}
+inline words pack_words(words codes) {
+  return _mm512_or_si512(gather_nibbles(codes), _mm512_slli_epi32(gather_nibbles(_mm512_srli_epi32(codes, 4)), 16));
+}
+inline words flip_word_signs(words codes) { return _mm512_xor_si512(codes, _mm512_set1_epi8(-128)); }
+// The value of a byte of each dword as int8, of a half as bfloat16.
+template <int kByte>
+inline f32v byte_value(words codes) {
+  return {_mm512_cvtepi32_ps(_mm512_srai_epi32(_mm512_slli_epi32(codes, 24 - 8 * kByte), 24))};
+}
+// Calls use(j, values) for the eight e2m1 codes of every packed dword, in order.
+constexpr float kE2m1Unit = 1.0f;
+template <int kNibble>
+MXMOE_INLINE f32v e2m1_value(words codes) {
+  const __m512 values = _mm512_setr_ps(0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f, -0.0f, -0.5f, -1.0f, -1.5f,
+                                       -2.0f, -3.0f, -4.0f, -6.0f);
+  return {_mm512_permutexvar_ps(_mm512_srli_epi32(codes, 4 * kNibble), values)};  // looks at the low four bits
+}
+template <class Use>
+MXMOE_INLINE void each_e2m1(words codes, const Use& use) {
+  use(0, e2m1_value<0>(codes)), use(1, e2m1_value<4>(codes)), use(2, e2m1_value<1>(codes));
+  use(3, e2m1_value<5>(codes)), use(4, e2m1_value<2>(codes)), use(5, e2m1_value<6>(codes));
+  use(6, e2m1_value<3>(codes)), use(7, e2m1_value<7>(codes));
+}
+inline f32v low_bf16(words pairs) { return {_mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16))}; }
+inline f32v high_bf16(words pairs) {
+  return {_mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(-65536)))};
 }
 }  // namespace avx512
 }  // namespace mxmoe

@@ -104,24 +104,3 @@ inline float reduce_max(f32v x) {
 inline void store_i8(int8_t* p, f32v x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x.v)));
 }
-
-// --- blocks of 32 values for dot products ---
-
-inline void decode_e2m1(const uint8_t* p, f32v (&out)[kMxBlock / kLanes]) {
-  const __m512 values = _mm512_setr_ps(0, 1, 2, 3, 4, 6, 8, 12, -0.0f, -1, -2, -3, -4, -6, -8, -12);
-  const __m512i shifts = _mm512_setr_epi32(0, 4, 8, 12, 16, 20, 24, 28, 0, 4, 8, 12, 16, 20, 24, 28);
-  const __m512i word = _mm512_setr_epi32(0, 0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1);
-  for (int i = 0; i < kMxBlock / kLanes; ++i) {
-    const __m128i two_words = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p + 8 * i));
-    // The permute looks at the low four bits of each lane: nothing needs masking off.
-    const __m512i code = _mm512_srlv_epi32(_mm512_permutexvar_epi32(word, _mm512_castsi128_si512(two_words)), shifts);
-    out[i].v = _mm512_permutexvar_ps(code, values);
-  }
-}
-
-// The codes of a block as bytes, looked up in a table of sixteen.
-inline __m256i e2m1_bytes(const uint8_t* p, __m128i table) {
-  const __m256i x = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  const __m256i codes = _mm256_and_si256(_mm256_or_si256(x, _mm256_slli_epi16(x, 4)), _mm256_set1_epi8(15));
-  return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(table), codes);
-}

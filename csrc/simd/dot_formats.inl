@@ -1,6 +1,6 @@
-// Dot-product formats, in the vector vocabulary. A format says how one step of K is loaded from an activation
-// row and from a weight row, and how the two are multiplied into an accumulator; dot_tile.inl holds the
-// loops. Included inside a kernel's namespace and target region.
+// Dot-product formats, row by row, of portable code: how a step of K is loaded from an activation row and from a
+// weight row, and how the two are multiplied into an accumulator; dot_tile.inl holds the loops. Included inside a
+// kernel's namespace and target region.
 
 inline float finish(f32v acc) { return reduce_add(acc); }
 inline f32v zero_acc(f32v*) { return zero(); }
@@ -39,33 +39,6 @@ inline float int8_scale(const WeightRows& w, int64_t row, int64_t block) {
   return to_float(block_scale<bf16>(w, row, block));
 }
 
-// float32 (or bf16 held in float32) x bf16: one vector a step.
-struct DotF32Bf16 {
-  static constexpr int kBits = 16;  // of a weight
-  static constexpr int kStep = kLanes;
-  static constexpr bool kBlockScaled = false;
-  using Acc = f32v;
-  using W = f32v;
-  using A = f32v;
-  static W weight(const WeightRows& w, int64_t row, int64_t step) {
-    if (!w.packed) return load(row_at<bf16>(w.values, row, w.value_stride) + step * kStep);
-    bf16 own[kStep];
-    for (int i = 0; i < kStep; ++i) {
-      const int64_t k = step * kStep + i, in_block = k % kMxBlock;
-      const auto* block = static_cast<const bf16*>(packed_block(w, row, k / kMxBlock));
-      own[i] = block[(in_block / 2 * kPanelRows + row % kPanelRows) * 2 + k % 2];
-    }
-    return load(own);
-  }
-  static W weight_tail(const WeightRows& w, int64_t row, int64_t step, int n) {
-    return load_n(row_at<bf16>(w.values, row, w.value_stride) + step * kStep, n);
-  }
-  static A activation(const PreparedRows& a, int64_t row, int64_t step) {
-    return load(row_at<float>(a.values, row, a.value_stride) + step * kStep);
-  }
-  static void mac(Acc& acc, const A& a, const W& w) { acc = fma(a, w, acc); }
-};
-
 // A block of 32 float32 activations.
 struct ActBlockF32 {
   f32v x[kMxBlock / kLanes];
@@ -74,6 +47,42 @@ struct ActBlockF32 {
     ActBlockF32 r;
     for (int i = 0; i < kMxBlock / kLanes; ++i) r.x[i] = load(p + i * kLanes);
     return r;
+  }
+};
+
+// float32 (or bf16 held in float32) x bf16: the sum over a block first, as of the formats with scales.
+struct DotF32Bf16 {
+  static constexpr int kBits = 16;  // of a weight
+  static constexpr int kStep = kMxBlock;
+  static constexpr bool kBlockScaled = false;
+  struct W {
+    f32v x[kMxBlock / kLanes];
+  };
+  using Acc = f32v;
+  using A = ActBlockF32;
+  static W weight(const WeightRows& w, int64_t row, int64_t step) {
+    if (!w.packed) return weight_tail(w, row, step, kStep);
+    bf16 own[kStep];
+    const auto* block = static_cast<const bf16*>(packed_block(w, row, step));
+    for (int i = 0; i < kStep; ++i) own[i] = block[(i / 2 * kPanelRows + row % kPanelRows) * 2 + i % 2];
+    return weight_of(own, kStep);
+  }
+  static W weight_tail(const WeightRows& w, int64_t row, int64_t step, int n) {
+    return weight_of(row_at<bf16>(w.values, row, w.value_stride) + step * kStep, n);
+  }
+  static W weight_of(const bf16* p, int n) {
+    W r;
+    for (int i = 0; i < kMxBlock / kLanes; ++i) {
+      const int left = n - i * kLanes;
+      r.x[i] = left >= kLanes ? load(p + i * kLanes) : left > 0 ? load_n(p + i * kLanes, left) : zero();
+    }
+    return r;
+  }
+  static A activation(const PreparedRows& a, int64_t row, int64_t step) { return A::load_from(a, row, step); }
+  static void mac(Acc& acc, const A& a, const W& w) {
+    f32v sum = mul(a.x[0], w.x[0]);
+    for (int i = 1; i < kMxBlock / kLanes; ++i) sum = fma(a.x[i], w.x[i], sum);
+    acc = add(acc, sum);
   }
 };
 

@@ -61,3 +61,6 @@ inline void prepare_i8(const X* x, int64_t k, const PreparedRows& to, int64_t ro
     scales[b] = quantize_block_i8(x + b * kMxBlock, codes + b * kMxBlock);
   }
 }
+
+constexpr PrepareFn kPrepareF32 = {prepare_f32<float>, prepare_f32<bf16>};
+constexpr PrepareFn kPrepareBf16 = {prepare_bf16<float>, prepare_bf16<bf16>};

@@ -41,8 +41,8 @@ class Ceilings:
     int8_gop_s : float
         Products and sums of bytes, in 1e9 a second: vpdpbusd, or pmaddubsw with its additions where that is missing.
     bf16_gflop_s : float
-        Products and sums of bfloat16 pairs: vdpbf16ps. Where it is missing, the figure is float32's, which is then
-        how bfloat16 is computed.
+        Products and sums of bfloat16 pairs: vdpbf16ps. Where it is missing, or slower, as on Intel's CPUs, the figure
+        is float32's, which is then how matrix products of bfloat16 are computed.
     float32_gflop_s : float
         Fused multiply-add of float32, or multiplication and addition in portable code.
     """

@@ -239,9 +239,8 @@ def load(
     Returns
     -------
     Model
-        Where the kernels in force are made for it (AVX-512 with VNNI and BF16, activations bf16 or int8), dense
-        layers and experts are held packed (see `mxmoe.packing`), in memory of the model's own; else as mapped
-        from the file.
+        Where the kernels in force are made for it (AVX2 and AVX-512), dense layers and experts are held packed (see
+        `mxmoe.packing`), in memory of the model's own; else as mapped from the file.
 
     Raises
     ------

@@ -17,7 +17,7 @@ Dispatch<Fn> f32_bf16("linear_f32_bf16", {MXMOE_X86({"linear_f32_bf16_avx512", k
                                                     {"linear_f32_bf16_avx2", kAvx2, &linear_avx2.f32_bf16}){
                                              "linear_f32_bf16_scalar", 0, &linear_scalar.f32_bf16}});
 Dispatch<Fn> bf16_bf16("linear_bf16_bf16",
-                       {MXMOE_X86({"linear_bf16_bf16_avx512bf16", kAvx512Dot, &linear_bf16_bf16_avx512x},
+                       {MXMOE_X86({"linear_bf16_bf16_avx512bf16", kAvx512Bf16Dot, &linear_bf16_bf16_avx512x},
                                   {"linear_bf16_bf16_avx512", kAvx512, &linear_avx512.bf16_bf16},
                                   {"linear_bf16_bf16_avx2", kAvx2, &linear_avx2.bf16_bf16}){
                            "linear_bf16_bf16_scalar", 0, &linear_scalar.bf16_bf16}});
@@ -25,7 +25,7 @@ Dispatch<Fn> f32_int8("linear_f32_int8", {MXMOE_X86({"linear_f32_int8_avx512", k
                                                     {"linear_f32_int8_avx2", kAvx2, &linear_avx2.f32_int8}){
                                              "linear_f32_int8_scalar", 0, &linear_scalar.f32_int8}});
 Dispatch<Fn> bf16_int8("linear_bf16_int8",
-                       {MXMOE_X86({"linear_bf16_int8_avx512bf16", kAvx512Dot, &linear_bf16_int8_avx512x},
+                       {MXMOE_X86({"linear_bf16_int8_avx512bf16", kAvx512Bf16Dot, &linear_bf16_int8_avx512x},
                                   {"linear_bf16_int8_avx512", kAvx512, &linear_avx512.bf16_int8},
                                   {"linear_bf16_int8_avx2", kAvx2, &linear_avx2.bf16_int8}){
                            "linear_bf16_int8_scalar", 0, &linear_scalar.bf16_int8}});

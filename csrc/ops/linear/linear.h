@@ -14,7 +14,7 @@
 //           strides but for the last axis.
 // Requires: in_features >= 1; a multiple of 32 when weight is int8.
 // Calls:    y may be residual itself; no other overlap; tiles of (tokens x out_features) are spread over threads;
-//           scratch for the rounded x; a row's bits depend on that row alone, within one instruction set, and not on
+//           scratch for the rounded x; a row's bits depend on that row alone, with one kernel, and not on
 //           whether the weights are packed.
 // CUDA:     bfloat16 weights as stored; activations float32 or bf16. linear_bf16_bf16_sm80_kernel and
 //           linear_bf16_bf16_gemv_sm80_kernel multiply with mma.sync in slices of 384 along K, each summed from zero

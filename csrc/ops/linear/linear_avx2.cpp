@@ -10,7 +10,6 @@
 namespace mxmoe {
 namespace avx2 {
 namespace {
-#include "ops/linear/linear_kernels.inl"
 #include "ops/linear/linear_panels.inl"
 }  // namespace
 }  // namespace avx2

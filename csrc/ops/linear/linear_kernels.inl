@@ -1,5 +1,5 @@
-// Tiles of linear for every pair of formats, in the vector vocabulary. Included inside a kernel's namespace
-// and target region.
+// Tiles of linear for every pair of formats, row by row: portable code. Included inside its namespace and target
+// region.
 
 #include "simd/dot_formats.inl"
 #include "simd/dot_tile.inl"
@@ -24,8 +24,6 @@ void linear_tile(const LinearTile& t) {
   }
 }
 
-constexpr PrepareFn kPrepareF32 = {prepare_f32<float>, prepare_f32<bf16>};
-constexpr PrepareFn kPrepareBf16 = {prepare_bf16<float>, prepare_bf16<bf16>};
 constexpr PrepareFn kPrepareI8 = {prepare_i8<float>, prepare_i8<bf16>};
 
 // Without bf16 dot products the values are bf16 held in float32.

@@ -1,32 +1,37 @@
-// int8 x int8 by panels, in the vector vocabulary. Included after linear_kernels.inl.
+// Tiles of linear by panels, in the vector vocabulary. Included inside a kernel's namespace and target region.
 
+#include "simd/prepare.inl"
+#include "simd/panels.inl"
 #include "simd/panels_bytes.inl"
+#include "simd/panels_floats.inl"
 
+template <class F>
 inline void linear_panels(const LinearTile& t) {
   PreparedRows x = t.x;
   x.values = static_cast<char*>(x.values) + t.m_begin * x.value_stride;
   x.scales += t.m_begin * x.block_stride;
-  for_each_panel<BytesI8>(x, nullptr, t.m_end - t.m_begin, t.weight, t.n_begin, t.n_end, t.in_features,
-                          [&](int64_t m, int64_t tokens, int64_t n, int64_t width, const float* results) {
-                            for (int64_t j = 0; j < width; j += kLanes) {
-                              const int lanes = static_cast<int>(width - j < kLanes ? width - j : kLanes);
-                              f32v bias = zero();
-                              if (t.bias_f32 != nullptr) bias = load_n(t.bias_f32 + n + j, lanes);
-                              if (t.bias_bf16 != nullptr) bias = load_n(t.bias_bf16 + n + j, lanes);
-                              for (int64_t i = 0; i < tokens; ++i) {
-                                const int64_t row = t.m_begin + m + i;
-                                f32v y = add(load(results + i * kPanelRows + j), bias);
-                                if (t.residual != nullptr)
-                                  y = add(y, load_n(t.residual + row * t.residual_stride + n + j, lanes));
-                                store_n(t.y + row * t.y_stride + n + j, y, lanes);
-                              }
-                            }
-                          });
+  for_each_panel<F>(x, nullptr, t.m_end - t.m_begin, t.weight, t.n_begin, t.n_end, t.in_features,
+                    [&](int64_t m, int64_t tokens, int64_t n, int64_t width, const float* results) {
+                      for (int64_t j = 0; j < width; j += kLanes) {
+                        const int lanes = static_cast<int>(width - j < kLanes ? width - j : kLanes);
+                        f32v bias = zero();
+                        if (t.bias_f32 != nullptr) bias = load_n(t.bias_f32 + n + j, lanes);
+                        if (t.bias_bf16 != nullptr) bias = load_n(t.bias_bf16 + n + j, lanes);
+                        for (int64_t i = 0; i < tokens; ++i) {
+                          const int64_t row = t.m_begin + m + i;
+                          f32v y = add(load(results + i * kTileRows<F> + j), bias);
+                          if (t.residual != nullptr)
+                            y = add(y, load_n(t.residual + row * t.residual_stride + n + j, lanes));
+                          store_n(t.y + row * t.y_stride + n + j, y, lanes);
+                        }
+                      }
+                    });
 }
 
+// Without bf16 dot products the values are bf16 held in float32.
 constexpr LinearKernels kLinearWithPanels = {
-    kLinear.f32_bf16,
-    kLinear.bf16_bf16,
-    kLinear.f32_int8,
-    kLinear.bf16_int8,
-    {kPreparePanel<BytesI8>, BytesI8::kTokenBytes / kMxBlock, kMetaFloats, kPanelRows, linear_panels}};
+    {kPrepareF32, 4, 0, kPanelRows, linear_panels<FloatsBf16>},
+    {kPrepareBf16, 4, 0, kPanelRows, linear_panels<FloatsBf16>},
+    {kPrepareF32, 4, 0, kPanelRows, linear_panels<FloatsI8>},
+    {kPrepareBf16, 4, 0, kPanelRows, linear_panels<FloatsI8>},
+    {kPreparePanel<BytesI8>, BytesI8::kTokenBytes / kMxBlock, kMetaFloats, kPanelRows, linear_panels<BytesI8>}};

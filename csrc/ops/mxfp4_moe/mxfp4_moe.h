@@ -18,7 +18,7 @@
 //           num_experts), other ids contribute nothing: partial sums of several holders add up. No scale byte
 //           is 255 (checked when a checkpoint is loaded, not here).
 // Calls:    y may be residual itself; no other overlap; (expert x weight rows) are spread over threads; scratch for
-//           num_tokens * experts_per_token rows; a row's bits depend on that row alone, within one instruction set,
+//           num_tokens * experts_per_token rows; a row's bits depend on that row alone, with one kernel,
 //           and not on whether the weights are packed.
 // CUDA:     weights as stored, at most 1024 experts held; activations float32 or bf16. topk_ids lie on the device: an
 //           id that is not held contributes nothing, be it negative. Up to 512 pairs of token and choice take two

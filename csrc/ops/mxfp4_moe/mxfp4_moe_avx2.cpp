@@ -10,12 +10,11 @@
 namespace mxmoe {
 namespace avx2 {
 namespace {
-#include "ops/mxfp4_moe/mxfp4_moe_kernels.inl"
 #include "ops/mxfp4_moe/mxfp4_moe_panels.inl"
 }  // namespace
 }  // namespace avx2
 
-const MoeKernels mxfp4_moe_avx2 = {avx2::kMoeF32, avx2::kMoeBf16, avx2::kMoeI8Panels};
+const MoeKernels mxfp4_moe_avx2 = avx2::kMoeWithPanels;
 void combine_avx2(const CombineRow& row) { avx2::combine_rows(row); }
 
 }  // namespace mxmoe

@@ -10,12 +10,11 @@
 namespace mxmoe {
 namespace avx512 {
 namespace {
-#include "ops/mxfp4_moe/mxfp4_moe_kernels.inl"
 #include "ops/mxfp4_moe/mxfp4_moe_panels.inl"
 }  // namespace
 }  // namespace avx512
 
-const MoeKernels mxfp4_moe_avx512 = {avx512::kMoeF32, avx512::kMoeBf16, avx512::kMoeI8Panels};
+const MoeKernels mxfp4_moe_avx512 = avx512::kMoeWithPanels;
 void combine_avx512(const CombineRow& row) { avx512::combine_rows(row); }
 
 }  // namespace mxmoe

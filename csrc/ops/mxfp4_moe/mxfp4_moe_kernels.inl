@@ -1,14 +1,8 @@
-// Tiles of mxfp4_moe, in the vector vocabulary. Included inside a kernel's namespace and target region.
+// Tiles of mxfp4_moe, row by row: portable code, in the vector vocabulary. Included inside its namespace.
 
-#include "simd/math.inl"
 #include "simd/dot_formats.inl"
 #include "simd/dot_tile.inl"
-#include "simd/prepare.inl"
-#include "ops/mxfp4_moe/swiglu.inl"
-
-inline float tile_bias(const MoeTile& t, int64_t n) {
-  return t.bias_f32 != nullptr ? t.bias_f32[n] : to_float(t.bias_bf16[n]);
-}
+#include "ops/mxfp4_moe/mxfp4_moe_rows.inl"
 
 template <class F>
 void moe_gate_up(const MoeTile& t) {
@@ -44,20 +38,6 @@ void moe_down(const MoeTile& t) {
       [&](int64_t i, int64_t row, float value) { t.y[i * t.y_stride + row] = value + tile_bias(t, row); });
 }
 
-inline void combine_rows(const CombineRow& c) {
-  for (int64_t i = 0; i < c.n; i += kLanes) {
-    const int lanes = static_cast<int>(c.n - i < kLanes ? c.n - i : kLanes);
-    f32v sum = zero();
-    for (int64_t row = 0; row < c.num_rows; ++row) {
-      if (c.rows[row] != nullptr) sum = fma(set1(c.weights[row]), load_n(c.rows[row] + i, lanes), sum);
-    }
-    if (c.residual != nullptr) sum = add(load_n(c.residual + i, lanes), sum);
-    store_n(c.y + i, sum, lanes);
-  }
-}
-
-constexpr PrepareFn kPrepareF32 = {prepare_f32<float>, prepare_f32<bf16>};
-constexpr PrepareFn kPrepareBf16 = {prepare_bf16<float>, prepare_bf16<bf16>};
 constexpr PrepareFn kPrepareI8 = {prepare_i8<float>, prepare_i8<bf16>};
 constexpr MoeKernel kMoeF32 = {kPrepareF32, kPrepareF32, 4, 0, moe_gate_up<DotF32Mxfp4>, moe_down<DotF32Mxfp4>};
 // Without bf16 dot products the values are bf16 held in float32.

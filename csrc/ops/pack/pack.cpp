@@ -156,11 +156,7 @@ void move_linear(const Matrix& m, const Tensor& weight, const Tensor& scales, co
 
 }  // namespace
 
-bool prefers_packed(Activations activations, PackedForm weights) {
-  if (activations == Activations::f32) return false;
-  const bool integers = activations == Activations::i8 && weights != PackedForm::bf16;
-  return ((integers ? kAvx2 : kAvx512Dot) & ~usable_features()) == 0;
-}
+bool prefers_packed(Activations, PackedForm) { return (kAvx2 & ~usable_features()) == 0; }  // all but portable code
 
 void pack_mxfp4(const Tensor& blocks, const Tensor& scales, const Tensor& packed, const Tensor& packed_scales) {
   const Matrix m = check_mxfp4(blocks, scales, packed, packed_scales);
