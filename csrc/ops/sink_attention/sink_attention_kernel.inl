@@ -136,8 +136,9 @@ inline f32v add_keys(f32v sum, const float* p, const float* v, int64_t from, int
   return sum;
 }
 
-// acc[r] += sum_j p[r][j] v[j], keys in order. A row takes its visible keys only: 0 times a NaN or infinity that
-// belongs to a neighbour would not be 0. The rows share their keys but for a few at the ends.
+// acc[r] += sum_j p[r][j] v[j], keys in order and from zero: a long chain of additions rounds more. A row takes its
+// visible keys only: 0 times a NaN or infinity that belongs to a neighbour would not be 0. The rows share their keys
+// but for a few at the ends.
 template <int R, int kDim>
 inline void add_values(const AttentionItem& t, AttentionState<kDim>& s, int64_t row, int64_t base) {
   int64_t begin[R], end[R], shared_begin = 0, shared_end = kAttentionKeys;
@@ -155,8 +156,7 @@ inline void add_values(const AttentionItem& t, AttentionState<kDim>& s, int64_t 
     const float* v = s.v[0] + d;
     f32v sum[R];
     for (int r = 0; r < R; ++r) {
-      sum[r] = load(acc + r * kDim);
-      sum[r] = add_keys<kDim>(sum[r], p + r * kAttentionKeys, v, begin[r], lesser(end[r], shared_begin));
+      sum[r] = add_keys<kDim>(zero(), p + r * kAttentionKeys, v, begin[r], lesser(end[r], shared_begin));
     }
     for (int64_t j = shared_begin; j < shared_end; ++j) {
       const f32v shared = load(v + j * kDim);
@@ -164,7 +164,7 @@ inline void add_values(const AttentionItem& t, AttentionState<kDim>& s, int64_t 
     }
     for (int r = 0; r < R; ++r) {
       sum[r] = add_keys<kDim>(sum[r], p + r * kAttentionKeys, v, greater(begin[r], shared_end), end[r]);
-      store(acc + r * kDim, sum[r]);
+      store(acc + r * kDim, add(load(acc + r * kDim), sum[r]));
     }
   }
 }
