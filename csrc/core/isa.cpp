@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "core/check.h"
+#include "core/fetch.h"
 
 #if defined(__x86_64__) || defined(_M_X64)
 #define MXMOE_CPUID 1
@@ -46,7 +47,6 @@ uint64_t xcr0() {
 #endif
 }
 
-// Whose vdpbf16ps does half as many products a cycle as two units of fused multiply-adds; AMD's does twice as many.
 bool made_by_intel() {
   const CpuidLeaf leaf0 = cpuid(0, 0);
   return leaf0.ebx == 0x756e6547 && leaf0.edx == 0x49656e69 && leaf0.ecx == 0x6c65746e;  // "GenuineIntel"
@@ -68,12 +68,15 @@ uint32_t detect() {
     if ((leaf7.ecx >> 11) & 1) features |= kAvx512Vnni;
     if (leaf7.eax >= 1 && ((cpuid(7, 1).eax >> 5) & 1)) {
       features |= kAvx512Bf16;
+      // Intel's vdpbf16ps does half as many products a cycle as two units of fused multiply-adds, AMD's twice as
+      // many.
       if (!made_by_intel()) features |= kFastBf16;
     }
   }
   return features;
 }
 #else
+bool made_by_intel() { return false; }
 uint32_t detect() { return 0; }
 #endif
 
@@ -177,5 +180,10 @@ size_t DispatchBase::pick_index() const {
 }
 
 std::vector<const DispatchBase*> DispatchBase::all() { return registry(); }
+
+FetchDistance fetch_distance(int64_t usual) {
+  static const bool in_two_steps = made_by_intel();
+  return in_two_steps ? FetchDistance{2048, 8192} : FetchDistance{usual, 0};
+}
 
 }  // namespace mxmoe

@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include "core/fetch.h"
 #include "core/types.h"
 
 #define MXMOE_SIMD avx2
@@ -94,15 +95,6 @@ inline void transpose(f32v (&rows)[kLanes]) {
     rows[c].v = _mm256_permute2f128_ps(fours[c], fours[4 + c], 0x20);
     rows[4 + c].v = _mm256_permute2f128_ps(fours[c], fours[4 + c], 0x31);
   }
-}
-// Asks for the cache line at p, which need not be readable. Not as an intrinsic: GCC takes a function that only
-// prefetches for one without effect and drops its calls.
-inline void prefetch(const void* p) {
-#if defined(__GNUC__)
-  __asm__ volatile("prefetcht0 (%0)" : : "r"(p));
-#else
-  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
-#endif
 }
 inline float reduce_add(f32v x) {
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(x.v), _mm256_extractf128_ps(x.v, 1));

@@ -78,15 +78,6 @@ inline void transpose(f32v (&rows)[kLanes]) {
     rows[12 + c].v = _mm512_shuffle_f32x4(odd0, odd1, 0xdd);
   }
 }
-// Asks for the cache line at p, which need not be readable. Not as an intrinsic: GCC takes a function that only
-// prefetches for one without effect and drops its calls.
-inline void prefetch(const void* p) {
-#if defined(__GNUC__)
-  __asm__ volatile("prefetcht0 (%0)" : : "r"(p));
-#else
-  _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0);
-#endif
-}
 inline float reduce_add(f32v x) {
   const __m256 h = _mm256_add_ps(_mm512_castps512_ps256(x.v), _mm512_extractf32x8_ps(x.v, 1));
   __m128 s = _mm_add_ps(_mm256_castps256_ps128(h), _mm256_extractf128_ps(h, 1));

@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include "core/fetch.h"
 #include "core/types.h"
 
 #define MXMOE_SIMD avx512x

@@ -16,6 +16,7 @@ struct PanelBlocks {
   int64_t value_block, scale_block;  // bytes from block to block
   int64_t value_panel, scale_panel;  // bytes from panel to panel
   bool cached;                       // else in memory, to be fetched ahead
+  FetchDistance distance = fetch_distance(4096);
 
   const char* values_at(int64_t panel, int64_t block) const {
     return values + panel * value_panel + block * value_block;

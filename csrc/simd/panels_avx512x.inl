@@ -323,6 +323,7 @@ struct PackedSource {
   int64_t value_stride, scale_stride;  // from panel to panel
   int64_t value_block, scale_block;    // from block to block
   int64_t offset;                      // of the first block in its panel
+  FetchDistance distance;
   MXMOE_INLINE const char* block_at(int block, int panel) const {
     return values + panel * value_stride + block * value_block;
   }
@@ -356,9 +357,9 @@ struct PackedSource {
   MXMOE_INLINE void fetch(int block) const {
     constexpr int kVectorsPerLine = F::kVectors * 64 / F::kPackedBytes;
     if (!kFetch || P > 1 || v % kVectorsPerLine != 0) return;
-    const char* p = ahead(block);
-    prefetch(p + v / kVectorsPerLine * 64);
-    if (F::kScaled && v + kVectorsPerLine == F::kVectors) prefetch(p + F::kPackedBytes);
+    const char* p = block_at(block, 0);
+    fetch_ahead(p + v / kVectorsPerLine * 64, distance);
+    if (F::kScaled && v + kVectorsPerLine == F::kVectors) fetch_ahead(p + F::kPackedBytes, distance);
     __asm__ volatile("" ::: "memory");
   }
 };
@@ -550,7 +551,7 @@ struct PanelProduct {
   PackedSource<F, P, kFetch> source(int64_t n, int64_t block) const {
     const int64_t value = block * w.value_block, scale = block * w.scale_block;
     return {values(n) + value, scales(n) + scale, w.value_stride, w.scale_stride,
-            w.value_block,     w.scale_block,     value};
+            w.value_block,     w.scale_block,     value,          fetch_distance(8192)};
   }
 
   ScaleRange range_of(const int64_t* rows, int64_t count) const {

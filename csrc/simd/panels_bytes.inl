@@ -19,7 +19,6 @@ struct ByteProduct {
   template <int M>
   static void group(PanelBlocks at, const PreparedRows& a, const int64_t* rows, int64_t first, int64_t blocks,
                     bool fetch, float* acc) {
-    constexpr int kAhead = 4096;
     const char* x[M];
     const BlockMeta* meta[M];
     f32v sum[M][kParts];
@@ -30,7 +29,7 @@ struct ByteProduct {
     }
     for (int64_t b = 0; b < blocks; ++b, at.values += at.value_block, at.scales += at.scale_block) {
       if (fetch) {  // with the scales that lie behind the values, most likely
-        for (int i = 0; i <= F::kPackedBytes; i += 64) prefetch(at.values + kAhead + i);
+        for (int i = 0; i <= F::kPackedBytes; i += 64) fetch_ahead(at.values + i, at.distance);
       }
       for (int p = 0; p < kParts; ++p) {
         words dot[M];

@@ -29,7 +29,7 @@ struct FloatProduct {
   template <int M, int B>
   static MXMOE_INLINE void few_blocks(const PanelBlocks& at, int64_t panel, const float* const (&x)[M], int64_t block,
                                       float* acc) {
-    constexpr int kAhead = 4096, kValues = kMxBlock / F::kDwords;
+    constexpr int kValues = kMxBlock / F::kDwords;
     f32v dot[B][M][kParts];
     for (auto& of_block : dot) {
       for (auto& of_token : of_block) {
@@ -41,8 +41,8 @@ struct FloatProduct {
         const char* line = at.values_at(panel, block + b) + i * 4 * kPanelRows;
         // One line beside each that is read, held there: bursts keep loads waiting.
         if (!at.cached) {
-          prefetch(line + kAhead);
-          if (F::kScaleBytes > 0 && i + 1 == F::kDwords) prefetch(line + kAhead + 4 * kPanelRows);
+          fetch_ahead(line, at.distance);
+          if (F::kScaleBytes > 0 && i + 1 == F::kDwords) fetch_ahead(line + 4 * kPanelRows, at.distance);
         }
         const int64_t k = (block + b) * kMxBlock + i * kValues;
         for (int p = 0; p < kParts; ++p) {

@@ -5,6 +5,7 @@
 
 #include <cmath>
 
+#include "core/fetch.h"
 #include "core/types.h"
 
 #define MXMOE_SIMD scalar
@@ -111,7 +112,6 @@ inline void transpose(f32v (&rows)[kLanes]) {
     }
   }
 }
-inline void prefetch(const void*) {}  // portable code does without
 inline float reduce_add(f32v v) { return (v.lane[0] + v.lane[2]) + (v.lane[1] + v.lane[3]); }
 inline float reduce_max(f32v v) {
   const f32v m = max(v, f32v{{v.lane[2], v.lane[3], v.lane[0], v.lane[1]}});

@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include "core/fetch.h"
 #include "core/target_avx2.h"
 namespace mxmoe {
 namespace {
@@ -41,11 +42,11 @@ float float32_rounds(int64_t rounds) {
 }  // namespace
 
 uint64_t read_avx2(const char* p, int64_t n) {
-  constexpr int kAhead = 4096;  // bytes: a page, so that the next one is already on its way
+  const FetchDistance distance = fetch_distance(4096);  // a page, so that the next one is already on its way
   __m256i sums[4] = {_mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256(), _mm256_setzero_si256()};
   for (int64_t at = 0; at < n; at += 128) {
-    _mm_prefetch(p + at + kAhead, _MM_HINT_T0);
-    _mm_prefetch(p + at + kAhead + 64, _MM_HINT_T0);
+    fetch_ahead(p + at, distance);
+    fetch_ahead(p + at + 64, distance);
     for (int i = 0; i < 4; ++i) {
       sums[i] = _mm256_xor_si256(sums[i], _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + at + 32 * i)));
     }

@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include "core/fetch.h"
 #include "core/target_avx512.h"
 namespace mxmoe {
 namespace {
@@ -39,11 +40,11 @@ float float32_rounds(int64_t rounds) {
 }  // namespace
 
 uint64_t read_avx512(const char* p, int64_t n) {
-  constexpr int kAhead = 4096;  // bytes: a page, so that the next one is already on its way
+  const FetchDistance distance = fetch_distance(4096);  // a page, so that the next one is already on its way
   __m512i sums[4] = {_mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512(), _mm512_setzero_si512()};
   for (int64_t at = 0; at < n; at += 256) {
     for (int i = 0; i < 4; ++i) {
-      _mm_prefetch(p + at + 64 * i + kAhead, _MM_HINT_T0);
+      fetch_ahead(p + at + 64 * i, distance);
       sums[i] = _mm512_xor_si512(sums[i], _mm512_loadu_si512(p + at + 64 * i));
     }
   }
