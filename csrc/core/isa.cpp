@@ -183,7 +183,7 @@ std::vector<const DispatchBase*> DispatchBase::all() { return registry(); }
 
 FetchDistance fetch_distance(int64_t usual) {
   static const bool in_two_steps = made_by_intel();
-  return in_two_steps ? FetchDistance{2048, 8192} : FetchDistance{usual, 0};
+  return in_two_steps ? FetchDistance{4096, 12288} : FetchDistance{usual, 0};
 }
 
 }  // namespace mxmoe

@@ -33,18 +33,24 @@ inline f32v from_bf16(__m128i bits) {
 }
 inline f32v load(const bf16* p) { return from_bf16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
 inline f32v load_n(const bf16* p, int n) {
+  if (n == kLanes) return load(p);
   bf16 part[kLanes] = {};
   std::memcpy(part, p, static_cast<size_t>(n) * sizeof(bf16));
   return load(part);
 }
-inline __m128i to_bf16_bits(f32v x) {
+// Rounded to bfloat16, in the upper half of each lane; what is below is not cleared.
+inline __m256i bf16_in_upper_half(f32v x) {
   const __m256i bits = _mm256_castps_si256(x.v);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-  const __m256i rounded =
-      _mm256_srli_epi32(_mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
-  const __m256i nan = _mm256_or_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(0x40));
-  const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q));
-  const __m256i both = _mm256_blendv_epi8(rounded, nan, is_nan);
+  const __m256i rounded = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+  const __m256i nan = _mm256_or_si256(bits, _mm256_set1_epi32(0x00400000));
+  return _mm256_blendv_epi8(rounded, nan, _mm256_castps_si256(_mm256_cmp_ps(x.v, x.v, _CMP_UNORD_Q)));
+}
+inline f32v rounded_to_bf16(f32v x) {
+  return {_mm256_castsi256_ps(_mm256_and_si256(bf16_in_upper_half(x), _mm256_set1_epi32(-65536)))};
+}
+inline __m128i to_bf16_bits(f32v x) {
+  const __m256i both = _mm256_srli_epi32(bf16_in_upper_half(x), 16);
   return _mm_packus_epi32(_mm256_castsi256_si128(both), _mm256_extracti128_si256(both, 1));
 }
 inline void store(bf16* p, f32v x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_bf16_bits(x)); }
@@ -57,6 +63,7 @@ inline f32v load(const int8_t* p) {
   return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))))};
 }
 inline f32v load_n(const int8_t* p, int n) {
+  if (n == kLanes) return load(p);
   int8_t part[kLanes] = {};
   std::memcpy(part, p, static_cast<size_t>(n));
   return load(part);

@@ -20,15 +20,18 @@ inline f32v from_bf16(__m256i bits) {
 }
 inline f32v load(const bf16* p) { return from_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))); }
 inline f32v load_n(const bf16* p, int n) { return from_bf16(_mm256_maskz_loadu_epi16(first_lanes(n), p)); }
-inline __m256i to_bf16_bits(f32v x) {
+// Rounded to bfloat16, in the upper half of each lane; what is below is not cleared.
+inline __m512i bf16_in_upper_half(f32v x) {
   const __m512i bits = _mm512_castps_si512(x.v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  const __m512i rounded =
-      _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
-  const __m512i nan = _mm512_or_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(0x40));
+  const __m512i rounded = _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   const __mmask16 is_nan = _mm512_cmp_ps_mask(x.v, x.v, _CMP_UNORD_Q);
-  return _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, is_nan, nan));
+  return _mm512_mask_or_epi32(rounded, is_nan, bits, _mm512_set1_epi32(0x00400000));
 }
+inline f32v rounded_to_bf16(f32v x) {
+  return {_mm512_castsi512_ps(_mm512_and_si512(bf16_in_upper_half(x), _mm512_set1_epi32(-65536)))};
+}
+inline __m256i to_bf16_bits(f32v x) { return _mm512_cvtepi32_epi16(_mm512_srli_epi32(bf16_in_upper_half(x), 16)); }
 inline void store(bf16* p, f32v x) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), to_bf16_bits(x)); }
 inline void store_n(bf16* p, f32v x, int n) { _mm256_mask_storeu_epi16(p, first_lanes(n), to_bf16_bits(x)); }
 inline f32v load(const int8_t* p) {

@@ -44,6 +44,10 @@ inline f32v load_n(const bf16* p, int n) {
   for (int i = 0; i < n; ++i) v.lane[i] = to_float(p[i]);
   return v;
 }
+inline f32v rounded_to_bf16(f32v v) {
+  for (float& x : v.lane) x = to_float(to_bf16(x));
+  return v;
+}
 inline void store(bf16* p, f32v v) {
   for (int i = 0; i < kLanes; ++i) p[i] = to_bf16(v.lane[i]);
 }

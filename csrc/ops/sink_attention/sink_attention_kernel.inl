@@ -22,10 +22,7 @@ struct AttentionState {
 // What a value becomes when it enters a product.
 template <bool Rounded>
 inline f32v rounded(f32v x) {
-  if (!Rounded) return x;
-  bf16 narrow[kLanes];
-  store(narrow, x);
-  return load(narrow);
+  return Rounded ? rounded_to_bf16(x) : x;
 }
 
 // kLanes keys, whose first is key j of the step, from the cache to columns of kt.
@@ -102,26 +99,29 @@ inline void softmax_step(const AttentionItem& t, AttentionState<kDim>& s, int64_
   // Visible are base + j with first <= base + j <= last; the differences fit float32 exactly once bounded.
   const f32v below = set1(static_cast<float>(greater(s.first[row] - base, 0)));
   const f32v above = set1(static_cast<float>(lesser(s.last[row] - base, kAttentionKeys)));
+  const bool all = s.first[row] <= base && s.last[row] >= base + kAttentionKeys - 1;
   float* p = s.p[row];
   f32v largest = masked;
   for (int j = 0; j < kAttentionKeys; j += kLanes) {
-    const f32v index = add(iota(), set1(static_cast<float>(j)));
     f32v x = scaled ? mul(load(p + j), load(s.k_scale + j)) : load(p + j);
-    x = select_lt(index, below, masked, x);
-    x = select_lt(above, index, masked, x);
+    if (!all) {
+      const f32v index = add(iota(), set1(static_cast<float>(j)));
+      x = select_lt(index, below, masked, x);
+      x = select_lt(above, index, masked, x);
+    }
     largest = max(x, largest);
     store(p + j, x);
   }
   const float before = s.chunk.m[row], step_max = reduce_max(largest), m = before < step_max ? step_max : before;
   f32v sum = zero();
   for (int j = 0; j < kAttentionKeys; j += kLanes) {
-    f32v e = exp(sub(load(p + j), set1(m)));
+    f32v e = exp_of_no_more_than_0(sub(load(p + j), set1(m)));
     if (!scaled) e = rounded<Rounded>(e);
     sum = add(sum, e);
     store(p + j, scaled ? rounded<Rounded>(mul(e, load(s.v_scale + j))) : e);
   }
   s.chunk.m[row] = m;
-  const f32v rescale = exp(set1(before - m));
+  const f32v rescale = before == m ? set1(1.0f) : exp_of_no_more_than_0(set1(before - m));
   store_n(&s.chunk.l[row], fma(set1(s.chunk.l[row]), rescale, set1(reduce_add(sum))), 1);
   if (before == m) return;
   for (int64_t d = 0; d < t.head_dim; d += kLanes) {
@@ -129,11 +129,42 @@ inline void softmax_step(const AttentionItem& t, AttentionState<kDim>& s, int64_
   }
 }
 
-// Plus p[j] v[j] for keys [from, to) of a step; v points at the place in the head of key 0.
-template <int kDim>
-inline f32v add_keys(f32v sum, const float* p, const float* v, int64_t from, int64_t to) {
-  for (int64_t j = from; j < to; ++j) sum = fma(set1(p[j]), load(v + j * kDim), sum);
-  return sum;
+// The keys of a step that R rows see: each row [begin, end), all of them [shared_begin, shared_end).
+template <int R>
+struct SeenKeys {
+  int64_t begin[R], end[R], shared_begin, shared_end;
+};
+
+// acc[r] += sum_j p[r][j] v[j] for C vectors of the head. Pointers, since GCC 12's choice of induction variables
+// loses the sums of `s.chunk.acc[row + r][d]` for kDim 128.
+template <int R, int C, int kDim>
+inline void add_columns(const SeenKeys<R>& keys, const float* p, const float* v, float* acc) {
+  f32v sum[R][C];
+  const auto add_keys = [&](int r, int64_t from, int64_t to) {
+    for (int64_t j = from; j < to; ++j) {
+      const f32v weight = set1(p[r * kAttentionKeys + j]);
+      for (int c = 0; c < C; ++c) sum[r][c] = fma(weight, load(v + j * kDim + c * kLanes), sum[r][c]);
+    }
+  };
+  for (int r = 0; r < R; ++r) {
+    for (int c = 0; c < C; ++c) sum[r][c] = zero();
+    add_keys(r, keys.begin[r], lesser(keys.end[r], keys.shared_begin));
+  }
+  for (int64_t j = keys.shared_begin; j < keys.shared_end; ++j) {
+    f32v shared[C];
+    for (int c = 0; c < C; ++c) shared[c] = load(v + j * kDim + c * kLanes);
+    for (int r = 0; r < R; ++r) {
+      const f32v weight = set1(p[r * kAttentionKeys + j]);
+      for (int c = 0; c < C; ++c) sum[r][c] = fma(weight, shared[c], sum[r][c]);
+    }
+  }
+  for (int r = 0; r < R; ++r) {
+    add_keys(r, greater(keys.begin[r], keys.shared_end), keys.end[r]);
+    for (int c = 0; c < C; ++c) {
+      float* to = acc + r * kDim + c * kLanes;
+      store(to, add(load(to), sum[r][c]));
+    }
+  }
 }
 
 // acc[r] += sum_j p[r][j] v[j], keys in order and from zero: a long chain of additions rounds more. A row takes its
@@ -141,32 +172,22 @@ inline f32v add_keys(f32v sum, const float* p, const float* v, int64_t from, int
 // but for a few at the ends.
 template <int R, int kDim>
 inline void add_values(const AttentionItem& t, AttentionState<kDim>& s, int64_t row, int64_t base) {
-  int64_t begin[R], end[R], shared_begin = 0, shared_end = kAttentionKeys;
+  constexpr int kVectors = kLanes == 16 ? 4 : 2;  // R x kVectors sums stay in registers
+  SeenKeys<R> keys{{}, {}, 0, kAttentionKeys};
   for (int r = 0; r < R; ++r) {
-    begin[r] = greater(s.first[row + r] - base, 0);
-    end[r] = lesser(s.last[row + r] - base + 1, kAttentionKeys);
-    shared_begin = greater(begin[r], shared_begin);
-    shared_end = lesser(end[r], shared_end);
+    keys.begin[r] = greater(s.first[row + r] - base, 0);
+    keys.end[r] = lesser(s.last[row + r] - base + 1, kAttentionKeys);
+    keys.shared_begin = greater(keys.begin[r], keys.shared_begin);
+    keys.shared_end = lesser(keys.end[r], keys.shared_end);
   }
-  shared_end = greater(shared_begin, shared_end);
-  // Pointers, since GCC 12's choice of induction variables loses the sums of `s.chunk.acc[row + r][d]` for kDim 128.
-  const float* p = s.p[row];
+  keys.shared_end = greater(keys.shared_begin, keys.shared_end);
+  const float *p = s.p[row], *v = s.v[0];
   float* acc = s.chunk.acc[row];
-  for (int64_t d = 0; d < t.head_dim; d += kLanes, acc += kLanes) {
-    const float* v = s.v[0] + d;
-    f32v sum[R];
-    for (int r = 0; r < R; ++r) {
-      sum[r] = add_keys<kDim>(zero(), p + r * kAttentionKeys, v, begin[r], lesser(end[r], shared_begin));
-    }
-    for (int64_t j = shared_begin; j < shared_end; ++j) {
-      const f32v shared = load(v + j * kDim);
-      for (int r = 0; r < R; ++r) sum[r] = fma(set1(p[r * kAttentionKeys + j]), shared, sum[r]);
-    }
-    for (int r = 0; r < R; ++r) {
-      sum[r] = add_keys<kDim>(sum[r], p + r * kAttentionKeys, v, greater(begin[r], shared_end), end[r]);
-      store(acc + r * kDim, add(load(acc + r * kDim), sum[r]));
-    }
+  int64_t d = 0;
+  for (; d + kVectors * kLanes <= t.head_dim; d += kVectors * kLanes) {
+    add_columns<R, kVectors, kDim>(keys, p, v + d, acc + d);
   }
+  for (; d < t.head_dim; d += kLanes) add_columns<R, 1, kDim>(keys, p, v + d, acc + d);
 }
 
 // One step for rows [row, stop): as many at once as share the work well, the rest alone.
