@@ -9,14 +9,18 @@ import sys
 import pytest
 
 import op_calls
+from compare import assert_exact
 from mxmoe import _core, doctor, ops
 
-LEVELS = ["scalar", "avx2", "avx512base", "avx512"]
+LEVELS = ["scalar", "avx2", "avxvnni", "avx512base", "avx512"]
 AVAILABLE = _core.available_isas()
-HAS_DOT = all(feature in _core.cpu_features() for feature in ("VNNI", "BF16"))
+HAS_DOT = all(feature in _core.cpu_features() for feature in ("AVX-512 VNNI", "AVX-512 BF16"))
 HAS_FAST_BF16 = "BF16 products faster" in _core.cpu_features()
 # Matrix products by vdpbf16ps, and the peak they are measured against, are for where it is the faster way.
 BY_FAST_BF16 = {"linear_bf16_bf16", "linear_bf16_int8", "mxfp4_moe_bf16", "ceilings_bf16"}
+
+# The level of AVX-VNNI has products of int8 of its own, and AVX2's kernels else.
+BY_AVX_VNNI = {"linear_int8_int8", "mxfp4_moe_int8", "ceilings_int8"}
 
 # Table -> the call of op_calls that uses it, and the ending of its kernels' names where it is not the level's own.
 TABLES = {
@@ -50,6 +54,7 @@ def expected_kernel(table, level):
     _, prefix, endings = TABLES[table]
     has = HAS_DOT and (HAS_FAST_BF16 or table not in BY_FAST_BF16)
     level = level if has or level != "avx512" else "avx512base"
+    level = level if table in BY_AVX_VNNI or level != "avxvnni" else "avx2"
     return f"{prefix}_{endings.get(level, level).replace('avx512base', 'avx512')}"
 
 
@@ -82,6 +87,17 @@ def test_the_forced_kernel_is_the_one_that_ran(isa, table):
     assert all(missing for _, missing in rows[:index])  # none better would have run
 
 
+@pytest.mark.skipif("avxvnni" not in AVAILABLE, reason="this CPU has no AVX-VNNI")
+@pytest.mark.parametrize("call", ["linear_int8_int8", "mxfp4_moe_int8"])
+def test_dot_products_give_the_bits_of_avx2(call):
+    results = []
+    for level in ("avx2", "avxvnni"):
+        with ops.isa(level):
+            results.append(op_calls.make(call).result())
+    for a, b in zip(*results, strict=True):
+        assert_exact(a, b)
+
+
 def test_scalar_allows_nothing_else():
     with ops.isa("scalar"):
         for index, _, rows in _core.kernels().values():
@@ -110,7 +126,7 @@ def test_levels_nest_and_return():
 def test_unknown_levels(name):
     before = _core.active_isa()
     with (
-        pytest.raises(ValueError, match=f"isa is '{name}'; wanted one of scalar, avx2, avx512base, avx512"),
+        pytest.raises(ValueError, match=f"isa is '{name}'; wanted one of scalar, avx2, avxvnni, avx512base, avx512"),
         ops.isa(name),
     ):
         raise AssertionError("ran under an unknown instruction set")
@@ -151,7 +167,8 @@ def test_environment_variable(level):
 def test_environment_variable_of_nonsense():
     done = run_python(RUN_ONE, MXMOE_ISA="fastest")
     assert done.returncode != 0 and done.stdout == ""
-    assert "ValueError: MXMOE_ISA is 'fastest'; wanted one of scalar, avx2, avx512base, avx512" in done.stderr
+    wanted = "scalar, avx2, avxvnni, avx512base, avx512"
+    assert f"ValueError: MXMOE_ISA is 'fastest'; wanted one of {wanted}" in done.stderr
 
 
 def test_doctor_names_the_kernels_that_run(isa):

@@ -61,6 +61,10 @@ uint32_t detect() {
   const bool fma = (leaf1.ecx >> 12) & 1, f16c = (leaf1.ecx >> 29) & 1, avx2 = (leaf7.ebx >> 5) & 1;
   uint32_t features = 0;
   if ((state & 0x6) == 0x6 && fma && f16c && avx2) features |= kAvx2;
+#if defined(MXMOE_AVX_VNNI_KERNELS)
+  const bool vnni = leaf7.eax >= 1 && ((cpuid(7, 1).eax >> 4) & 1);
+  if ((features & kAvx2) && vnni) features |= kAvxVnni;
+#endif
   const bool f = (leaf7.ebx >> 16) & 1, dq = (leaf7.ebx >> 17) & 1, bw = (leaf7.ebx >> 30) & 1,
              vl = (leaf7.ebx >> 31) & 1;
   if ((features & kAvx2) && (state & 0xe6) == 0xe6 && f && dq && bw && vl) {
@@ -118,6 +122,7 @@ const std::vector<IsaLevel>& isa_levels() {
   static const std::vector<IsaLevel> levels = {
       {"scalar", 0, 0},
       {"avx2", kAvx2, kAvx2},
+      {"avxvnni", kAvx2 | kAvxVnni, kAvx2 | kAvxVnni},
       {"avx512base", kAvx2 | kAvx512, kAvx2 | kAvx512},
       {"avx512", kAvx2 | kAvx512, kAvx2 | kAvx512 | kAvx512Vnni | kAvx512Bf16 | kFastBf16},
   };
@@ -130,11 +135,10 @@ uint32_t cpu_features() {
 }
 
 std::string feature_names(uint32_t features) {
-  static const std::pair<uint32_t, const char*> names[] = {{kAvx2, "AVX2+FMA+F16C"},
-                                                           {kAvx512, "AVX-512 F+BW+DQ+VL"},
-                                                           {kAvx512Vnni, "AVX-512 VNNI"},
-                                                           {kAvx512Bf16, "AVX-512 BF16"},
-                                                           {kFastBf16, "BF16 products faster than float32's"}};
+  static const std::pair<uint32_t, const char*> names[] = {
+      {kAvx2, "AVX2+FMA+F16C"},        {kAvxVnni, "AVX-VNNI"},
+      {kAvx512, "AVX-512 F+BW+DQ+VL"}, {kAvx512Vnni, "AVX-512 VNNI"},
+      {kAvx512Bf16, "AVX-512 BF16"},   {kFastBf16, "BF16 products faster than float32's"}};
   std::string text;
   for (const auto& [bit, name] : names) {
     if (features & bit) text += (text.empty() ? "" : ", ") + std::string(name);

@@ -17,6 +17,7 @@ enum Feature : uint32_t {
   kAvx512Vnni = 1u << 2,  // vpdpbusd
   kAvx512Bf16 = 1u << 3,  // vdpbf16ps
   kFastBf16 = 1u << 4,    // which does more products than fused multiply-adds do, not fewer
+  kAvxVnni = 1u << 5,     // vpdpbusd in AVX2's registers
 };
 
 struct IsaLevel {
@@ -25,7 +26,8 @@ struct IsaLevel {
   uint32_t allowed;   // what kernels may use when it is asked for
 };
 
-// Worst first. "avx512base" keeps to AVX-512 without VNNI and BF16; "avx512" adds those the machine has.
+// Worst first. "avxvnni" is AVX2 with AVX-VNNI, "avx512base" keeps to AVX-512 without VNNI and BF16; "avx512" adds
+// those the machine has.
 const std::vector<IsaLevel>& isa_levels();
 
 uint32_t cpu_features();
@@ -44,6 +46,11 @@ bool has_isa(const std::string& name);  // throws ValueError for an unknown one
 #define MXMOE_X86(...) __VA_ARGS__,
 #else
 #define MXMOE_X86(...)
+#endif
+
+// GCC knows AVX-VNNI from 11 on; built by an older one, no CPU has it.
+#if defined(MXMOE_X86_KERNELS) && (!defined(__GNUC__) || defined(__clang__) || __GNUC__ >= 11)
+#define MXMOE_AVX_VNNI_KERNELS 1
 #endif
 
 constexpr uint32_t kAvx512Dot = kAvx512 | kAvx512Vnni | kAvx512Bf16;  // what target_avx512x.h compiles for

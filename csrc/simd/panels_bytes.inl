@@ -31,13 +31,18 @@ struct ByteProduct {
       if (fetch) {  // with the scales that lie behind the values, most likely
         for (int i = 0; i <= F::kPackedBytes; i += 64) fetch_ahead(at.values + i, at.distance);
       }
-      for (int p = 0; p < kParts; ++p) {
-        words dot[M];
-        for (int m = 0; m < M; ++m) dot[m] = words_of_32(meta[m][b].start);
-        F::template multiply<M>(at.values + p * kLanes * 4, x, dot);
-        const f32v scale = F::scale(at.scales + p * kLanes * F::kScaleBytes);
+      for (int part = 0; part < kParts; part += F::kTogether) {
+        words dot[M][F::kTogether];
         for (int m = 0; m < M; ++m) {
-          sum[m][p] = fma(to_floats(dot[m]), mul(scale, set1(meta[m][b].scale)), sum[m][p]);
+          for (words& start : dot[m]) start = words_of_32(meta[m][b].start);
+        }
+        F::template multiply<M>(at.values + part * kLanes * 4, x, dot);
+        for (int i = 0; i < F::kTogether; ++i) {
+          const int p = part + i;
+          const f32v scale = F::scale(at.scales + p * kLanes * F::kScaleBytes);
+          for (int m = 0; m < M; ++m) {
+            sum[m][p] = fma(to_floats(dot[m][i]), mul(scale, set1(meta[m][b].scale)), sum[m][p]);
+          }
         }
       }
       for (int m = 0; m < M; ++m) x[m] += F::kTokenBytes;
@@ -59,11 +64,12 @@ struct ByteProduct {
   }
 };
 
-// A format also has the bytes of a token's block as arrange() lays them, and multiply(): adds a part of a panel,
-// times a block of every token, to the sums of each.
+// A format also has the bytes of a token's block as arrange() lays them, and multiply(): adds kTogether parts of a
+// panel, times a block of every token, to the sums of each.
 
 struct BytesMxfp4 : ByteProduct<BytesMxfp4> {
   static constexpr int kPackedBytes = kPackedMxfp4Bytes, kScaleBytes = 1, kTokenBytes = kMxBlock, kRaise = 12;
+  static constexpr int kTogether = 1;
   static constexpr int kDwords = kMxBlockBytes / 4;
   static constexpr float kUnit = 0.5f;  // codes are doubled
   static words pack(words codes) { return pack_words(codes); }
@@ -73,7 +79,7 @@ struct BytesMxfp4 : ByteProduct<BytesMxfp4> {
     for (int i = 0; i < kMxBlock; ++i) to[i] = static_cast<char>(codes[i / 8 * 8 + kOrder[i % 8]]);
   }
   template <int M>
-  static MXMOE_INLINE void multiply(const char* w, const char* const (&x)[M], words (&dot)[M]) {
+  static MXMOE_INLINE void multiply(const char* w, const char* const (&x)[M], words (&dot)[M][1]) {
     for (int half = 0; half < kDwords; half += 2) {
       words sum[M];
       for (int i = half; i < half + 2; ++i) {
@@ -85,13 +91,14 @@ struct BytesMxfp4 : ByteProduct<BytesMxfp4> {
           sum[m] = i == half ? add_16(a, b) : add_16(sum[m], add_16(a, b));
         }
       }
-      for (int m = 0; m < M; ++m) dot[m] = add_32(dot[m], multiply_16(sum[m], words_of_16(1)));
+      for (int m = 0; m < M; ++m) dot[m][0] = add_32(dot[m][0], multiply_16(sum[m], words_of_16(1)));
     }
   }
 };
 
 struct BytesI8 : ByteProduct<BytesI8> {
   static constexpr int kPackedBytes = kPackedInt8Bytes, kScaleBytes = 2, kTokenBytes = 2 * kMxBlock, kRaise = 128;
+  static constexpr int kTogether = 1;
   static constexpr int kDwords = kMxBlock / 4;
   static constexpr float kUnit = 1.0f;
   static words pack(words codes) { return flip_word_signs(codes); }
@@ -104,13 +111,13 @@ struct BytesI8 : ByteProduct<BytesI8> {
     std::memcpy(to, wide, sizeof wide);
   }
   template <int M>
-  static MXMOE_INLINE void multiply(const char* w, const char* const (&x)[M], words (&dot)[M]) {
+  static MXMOE_INLINE void multiply(const char* w, const char* const (&x)[M], words (&dot)[M][1]) {
     for (int i = 0; i < kDwords; ++i) {
       const words codes = load_words(w + i * 4 * kPanelRows);
       const words even = even_bytes(codes), odd = odd_bytes(codes);
       for (int m = 0; m < M; ++m) {
         const words a = multiply_16(even, broadcast_word(x[m] + 8 * i));
-        dot[m] = add_32(dot[m], add_32(a, multiply_16(odd, broadcast_word(x[m] + 8 * i + 4))));
+        dot[m][0] = add_32(dot[m][0], add_32(a, multiply_16(odd, broadcast_word(x[m] + 8 * i + 4))));
       }
     }
   }

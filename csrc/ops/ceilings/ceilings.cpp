@@ -24,6 +24,7 @@ Dispatch<ReadKernel> read_table("ceilings_read",
 using Peak = const PeakKernel*;
 Dispatch<Peak> int8_table("ceilings_int8", {MXMOE_X86({"peak_int8_avx512vnni", kAvx512Dot, &peak_int8_avx512vnni},
                                                       {"peak_int8_avx512", kAvx512, &peak_int8_avx512},
+                                                      {"peak_int8_avxvnni", kAvx2 | kAvxVnni, &peak_int8_avxvnni},
                                                       {"peak_int8_avx2", kAvx2, &peak_int8_avx2}){
                                                "peak_int8_scalar", 0, &peak_int8_scalar}});
 Dispatch<Peak> bf16_table("ceilings_bf16", {MXMOE_X86({"peak_bf16_avx512bf16", kAvx512Bf16Dot, &peak_bf16_avx512bf16},

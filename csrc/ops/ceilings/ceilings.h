@@ -56,7 +56,7 @@ struct PeakKernel {
   int64_t operations;
   float (*run)(int64_t rounds);
 };
-extern const PeakKernel peak_int8_scalar, peak_int8_avx2, peak_int8_avx512, peak_int8_avx512vnni;
+extern const PeakKernel peak_int8_scalar, peak_int8_avx2, peak_int8_avxvnni, peak_int8_avx512, peak_int8_avx512vnni;
 extern const PeakKernel peak_float32_scalar, peak_float32_avx2, peak_float32_avx512;
 extern const PeakKernel peak_bf16_avx512bf16;
 

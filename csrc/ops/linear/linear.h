@@ -73,6 +73,7 @@ struct LinearKernels {
 extern const LinearKernels linear_scalar, linear_avx2, linear_avx512;
 // With VNNI and BF16 dot products.
 extern const LinearKernel linear_bf16_bf16_avx512x, linear_bf16_int8_avx512x, linear_int8_int8_avx512x;
+extern const LinearKernel linear_int8_int8_avxvnni;
 
 namespace cuda {
 class Stream;

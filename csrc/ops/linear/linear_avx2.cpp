@@ -10,7 +10,7 @@
 namespace mxmoe {
 namespace avx2 {
 namespace {
-#include "ops/linear/linear_panels.inl"
+#include "ops/linear/linear_panels_kernels.inl"
 }  // namespace
 }  // namespace avx2
 

@@ -2,8 +2,6 @@
 
 #include "simd/prepare.inl"
 #include "simd/panels.inl"
-#include "simd/panels_bytes.inl"
-#include "simd/panels_floats.inl"
 
 template <class F>
 inline void linear_panels(const LinearTile& t) {
@@ -27,11 +25,3 @@ inline void linear_panels(const LinearTile& t) {
                       }
                     });
 }
-
-// Without bf16 dot products the values are bf16 held in float32.
-constexpr LinearKernels kLinearWithPanels = {
-    {kPrepareF32, 4, 0, kPanelRows, linear_panels<FloatsBf16>},
-    {kPrepareBf16, 4, 0, kPanelRows, linear_panels<FloatsBf16>},
-    {kPrepareF32, 4, 0, kPanelRows, linear_panels<FloatsI8>},
-    {kPrepareBf16, 4, 0, kPanelRows, linear_panels<FloatsI8>},
-    {kPreparePanel<BytesI8>, BytesI8::kTokenBytes / kMxBlock, kMetaFloats, kPanelRows, linear_panels<BytesI8>}};

@@ -10,7 +10,7 @@
 namespace mxmoe {
 namespace avx2 {
 namespace {
-#include "ops/mxfp4_moe/mxfp4_moe_panels.inl"
+#include "ops/mxfp4_moe/mxfp4_moe_panels_kernels.inl"
 }  // namespace
 }  // namespace avx2
 

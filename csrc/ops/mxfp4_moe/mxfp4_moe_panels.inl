@@ -2,8 +2,6 @@
 
 #include "ops/mxfp4_moe/mxfp4_moe_rows.inl"
 #include "simd/panels.inl"
-#include "simd/panels_bytes.inl"
-#include "simd/panels_floats.inl"
 
 // Rows alternate between gate and up, so a panel holds eight pairs.
 template <class F>
@@ -43,7 +41,3 @@ template <class F>
 constexpr MoeKernel by_panels(const PrepareFn& prepare, int value_bytes, int block_floats) {
   return {prepare, prepare, value_bytes, block_floats, moe_gate_up_panels<F>, moe_down_panels<F>};
 }
-// Without bf16 dot products the values are bf16 held in float32.
-constexpr MoeKernels kMoeWithPanels = {by_panels<FloatsMxfp4>(kPrepareF32, 4, 0),
-                                       by_panels<FloatsMxfp4>(kPrepareBf16, 4, 0),
-                                       by_panels<BytesMxfp4>(kPreparePanel<BytesMxfp4>, 1, kMetaFloats)};

@@ -1,0 +1,29 @@
+#include "core/isa.h"
+#if defined(MXMOE_AVX_VNNI_KERNELS)
+#include "ops/linear/linear.h"
+
+#include <cmath>
+#include <cstring>
+
+#include "simd/avxvnni.h"
+
+#include "core/target_avxvnni.h"
+namespace mxmoe {
+namespace avxvnni {
+namespace {
+#include "ops/linear/linear_panels.inl"
+#include "simd/panels_bytes.inl"
+#include "simd/panels_dot.inl"
+}  // namespace
+}  // namespace avxvnni
+
+const LinearKernel linear_int8_int8_avxvnni = {avxvnni::kPreparePanel<avxvnni::DotI8>, 1, avxvnni::kMetaFloats,
+                                               kPanelRows, avxvnni::linear_panels<avxvnni::DotI8>};
+
+}  // namespace mxmoe
+#include "core/target_end.h"
+#elif defined(MXMOE_X86_KERNELS)
+#include "ops/linear/linear.h"
+
+const mxmoe::LinearKernel mxmoe::linear_int8_int8_avxvnni = {};
+#endif  // MXMOE_AVX_VNNI_KERNELS
