@@ -35,22 +35,29 @@ def _subnormals() -> None:
 
 
 # AVX-VNNI has kernels of its own for products of int8 alone; elsewhere its level is AVX2 once more.
-HAVE_AVX_VNNI_KERNELS = {"test_c_interface", "test_ceilings", "test_isa", "test_linear", "test_linear_group"} | {
-    "test_mxfp4_moe",
-    "test_packing",
-}
+HAVE_AVX_VNNI_KERNELS = [
+    f"test_{name}" for name in ("c_interface", "ceilings", "isa", "linear", "linear_group", "mxfp4_moe", "packing")
+]
+
+
+def _names(mark: pytest.Mark) -> list[str]:
+    names = mark.args[0]
+    return [name.strip() for name in (names.split(",") if isinstance(names, str) else names)]
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    if "isa" in metafunc.fixturenames:
-        own = metafunc.module.__name__ in HAVE_AVX_VNNI_KERNELS
-        levels = [name for name in _core.available_isas() if own or name != "avxvnni"]
-        metafunc.parametrize("isa", levels, indirect=True)
+    """Run what takes `isa` under every instruction set of this machine, unless the test says itself which."""
+    marks = metafunc.definition.iter_markers("parametrize")
+    if "isa" not in metafunc.fixturenames or any("isa" in _names(mark) for mark in marks):
+        return
+    own = metafunc.module.__name__ in HAVE_AVX_VNNI_KERNELS
+    levels = [name for name in _core.available_isas() if own or name != "avxvnni"]
+    metafunc.parametrize("isa", levels, indirect=True)
 
 
 @pytest.fixture
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Run a test once under every instruction set of this machine, and give its name."""
+    """Run a test under the instruction set of that name."""
     with ops.isa(request.param):
         yield request.param
 
