@@ -84,7 +84,11 @@ def test_an_adapter_beside_the_layers(gpu, gpu_load, gpu_folder):
         for part in (*layer.self_attn.projections, layer.mlp.experts, layer.mlp.router, model.lm_head):
             size = (CONFIG.hidden_size,) * 2
             if part is not layer.mlp.experts:
-                size = part.out_features, part.held[0].shape[1] if not part.packed else CONFIG.hidden_size
+                is_last = part is layer.self_attn.projections[-1]
+                size = (
+                    part.out_features,
+                    CONFIG.num_attention_heads * CONFIG.head_dim if is_last else CONFIG.hidden_size,
+                )
             a, b = (0.1 * rng.standard_normal(shape) for shape in ((4, size[1]), (size[0], 4)))
             parts = [tuple(map(there, bfloat16_parts(x.astype(np.float32), exact=False))) for x in (a, b)]
             part.adapter = LowRank(part.ops, *parts, part.activations)
