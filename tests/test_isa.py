@@ -5,12 +5,16 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from typing import Any
 
+import numpy as np
 import pytest
 
+import moe_case
 import op_calls
 from compare import assert_exact
-from mxmoe import _core, doctor, ops
+from mxmoe import _core, doctor, ops, packing
+from op_helpers import normal
 
 LEVELS = ["scalar", "avx2", "avxvnni", "avx512base", "avx512"]
 AVAILABLE = _core.available_isas()
@@ -87,15 +91,35 @@ def test_the_forced_kernel_is_the_one_that_ran(isa, table):
     assert all(missing for _, missing in rows[:index])  # none better would have run
 
 
+def _int8_linear(num_tokens: int, packed: bool) -> Any:
+    rng = np.random.default_rng(1)
+    x = normal(rng, (num_tokens, 96), "bfloat16")
+    weight = rng.integers(-127, 128, (80, 96), dtype=np.int8)
+    scales = np.abs(normal(rng, (80, 3), "bfloat16"))
+    if packed:
+        weight, scales = packing.pack_linear(weight, scales)
+    return ops.linear(x, weight, scales=scales, activations="int8")
+
+
+def _int8_moe(num_tokens: int, packed: bool) -> Any:
+    case = moe_case.make(num_tokens, 96, 64, 2, 1)  # about half of the tokens for each expert
+    if packed:
+        for name in ("gate_up", "down"):
+            blocks, scales = packing.pack_mxfp4(case.weights[f"{name}_blocks"], case.weights[f"{name}_scales"])
+            case = case.with_weights(**{f"{name}_blocks": blocks, f"{name}_scales": scales})
+    return case.run("int8")
+
+
 @pytest.mark.skipif("avxvnni" not in AVAILABLE, reason="this CPU has no AVX-VNNI")
-@pytest.mark.parametrize("call", ["linear_int8_int8", "mxfp4_moe_int8"])
-def test_dot_products_give_the_bits_of_avx2(call):
+@pytest.mark.parametrize("num_tokens", [1, 8, 9, 150])  # one; few; and many, whose weights are decoded once for all
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("op", [_int8_linear, _int8_moe])
+def test_dot_products_give_the_bits_of_avx2(op, packed, num_tokens):
     results = []
     for level in ("avx2", "avxvnni"):
         with ops.isa(level):
-            results.append(op_calls.make(call).result())
-    for a, b in zip(*results, strict=True):
-        assert_exact(a, b)
+            results.append(op(num_tokens, packed))
+    assert_exact(*results)
 
 
 def test_scalar_allows_nothing_else():
