@@ -319,7 +319,8 @@ void warp_collective(const char* what, unsigned mask, const void* in, void* out,
     waiting.push_back({what, mask, 0, compute, {}, {}});
     found = waiting.end() - 1;
   }
-  if (found->mask != mask || found->compute != compute || std::strcmp(found->what, what) != 0) {
+  const bool same = found->what == what || std::strcmp(found->what, what) == 0;
+  if (found->mask != mask || found->compute != compute || !same) {
     fail(concat("lanes of one warp are in different collectives: ", what, " and ", found->what));
   }
   found->in[own] = in, found->out[own] = out;

@@ -7,6 +7,7 @@
 
 #include "core/types.h"
 #include "cuda/emulation/block.h"
+#include "cuda/emulation/matrix_product.h"
 #include "cuda/emulation/warpgroup.h"
 
 #define MXMOE_HOPPER 1
@@ -58,27 +59,23 @@ inline float half_of(uint32_t pair, int which) {
   return to_float(bf16{static_cast<uint16_t>(which == 0 ? pair & 0xffffu : pair >> 16)});
 }
 
-// Products are exact in double, and so nearly is their sum; a tensor core drops more. One rounding to float32.
 inline void mma_bf16(const void* const (&in)[32], void* const (&out)[32]) {
-  float a[16][16], b[16][8];
+  float a[16][16], b[16][8], sums[16][8];
   for (int l = 0; l < 32; ++l) {
     if (in[l] == nullptr) emulation::fail("mma.sync needs all lanes of a warp");
     const auto& own = *static_cast<const MmaOperands*>(in[l]);
+    const auto& c = *static_cast<const float (*)[4]>(out[l]);
     const int g = l / 4, t = l % 4;
     for (int half = 0; half < 2; ++half) {
       for (int r = 0; r < 4; ++r) a[g + r % 2 * 8][2 * t + r / 2 * 8 + half] = half_of(own.a[r], half);
       for (int r = 0; r < 2; ++r) b[2 * t + r * 8 + half][g] = half_of(own.b[r], half);
     }
+    for (int i = 0; i < 4; ++i) sums[g + i / 2 * 8][2 * t + i % 2] = c[i];
   }
+  emulation::matrix_product(16, 8, 16, a[0], b[0], true, sums[0]);
   for (int l = 0; l < 32; ++l) {
     auto& c = *static_cast<float (*)[4]>(out[l]);
-    const int g = l / 4, t = l % 4;
-    for (int i = 0; i < 4; ++i) {
-      const int row = g + i / 2 * 8, column = 2 * t + i % 2;
-      double sum = c[i];
-      for (int k = 0; k < 16; ++k) sum += static_cast<double>(a[row][k]) * b[k][column];
-      c[i] = static_cast<float>(sum);
-    }
+    for (int i = 0; i < 4; ++i) c[i] = sums[l / 4 + i / 2 * 8][2 * (l % 4) + i % 2];
   }
 }
 

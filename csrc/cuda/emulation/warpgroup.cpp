@@ -10,6 +10,7 @@
 #include "core/check.h"
 #include "core/types.h"
 #include "cuda/emulation/block.h"
+#include "cuda/emulation/matrix_product.h"
 
 namespace mxmoe {
 namespace emulation {
@@ -22,9 +23,9 @@ constexpr int kFenced = -1;
 
 // What matrix products see of shared memory.
 struct AsyncView {
-  std::vector<unsigned char> bytes;  // empty before the first fence
-  std::vector<int> writer;           // by piece: the thread whose cp.async brought it and has not been fenced
-  std::vector<size_t> unfenced;      // pieces, by thread
+  std::vector<unsigned char> bytes;         // empty before the first fence
+  std::vector<int> writer;                  // by piece: the thread whose cp.async brought it and has not been fenced
+  std::vector<std::vector<size_t>> copied;  // by thread: pieces since its last fence, some perhaps others' by now
   size_t all_unfenced = 0;
   bool stale = false;  // a thread has fenced
 };
@@ -149,22 +150,12 @@ std::unique_ptr<Operands> read(const Product& product) {
   return operands;
 }
 
-// Products are exact in double, and so nearly is their sum; a tensor core drops more. One rounding to float32.
 void accumulate(const Product& product) {
   const std::unique_ptr<Operands> late = product.read ? nullptr : read(product);
   const Operands& operands = product.read ? *product.read : *late;
-  const int n = product.threads[0].n;
-  std::vector<double> sums(n);
-  for (int row = 0; row < kRows; ++row) {
-    float* values = product.sums->values.data() + row * n;
-    for (int j = 0; j < n; ++j) sums[j] = product.threads[0].accumulate ? values[j] : 0.0;
-    for (int k = 0; k < kDepth; ++k) {
-      const double a = operands.a[row * kDepth + k];
-      const float* b = operands.b.data() + k * n;
-      for (int j = 0; j < n; ++j) sums[j] += a * b[j];
-    }
-    for (int j = 0; j < n; ++j) values[j] = static_cast<float>(sums[j]);
-  }
+  const WarpgroupProduct& first = product.threads[0];
+  matrix_product(kRows, first.n, kDepth, operands.a.data(), operands.b.data(), first.accumulate,
+                 product.sums->values.data());
 }
 
 void finish(Warpgroup& group, const std::vector<std::unique_ptr<Product>>& products) {
@@ -192,6 +183,7 @@ void join(Warpgroup& group, Product& product, size_t thread, const WarpgroupProd
       if (sums->registers[thread] == part.d) product.sums = sums;
     }
   }
+  if (part.n % 8 != 0 || part.n < 8 || part.n > 256) fail(concat("wgmma with n = ", part.n));
   if (!product.sums) {
     product.sums = std::make_shared<Accumulators>();
     product.sums->values.resize(static_cast<size_t>(kRows * part.n));
@@ -260,7 +252,7 @@ void start_warpgroups(size_t num_threads, size_t shared_bytes) {
   warpgroups.resize((num_threads + kGroupThreads - 1) / kGroupThreads);
   view.bytes.clear();
   view.writer.assign((shared_bytes + kPiece - 1) / kPiece, kFenced);
-  view.unfenced.assign(num_threads, 0);
+  view.copied.assign(num_threads, {});
   view.all_unfenced = 0;
   view.stale = false;
 }
@@ -282,9 +274,9 @@ void copied_to_shared(size_t thread, size_t offset, size_t bytes) {
   for (size_t piece = offset / kPiece; piece * kPiece < offset + bytes; ++piece) {
     int& writer = view.writer[piece];
     if (writer == static_cast<int>(thread)) continue;
-    if (writer != kFenced) --view.unfenced[static_cast<size_t>(writer)], --view.all_unfenced;
+    if (writer == kFenced) ++view.all_unfenced;
     writer = static_cast<int>(thread);
-    ++view.unfenced[thread], ++view.all_unfenced;
+    view.copied[thread].push_back(piece);
   }
 }
 
@@ -297,11 +289,12 @@ void shared_barrier() { publish(); }
 void fence_proxy_async() {
   const size_t thread = thread_number();
   view.stale = true;
-  for (size_t piece = 0; view.unfenced[thread] > 0 && piece < view.writer.size(); ++piece) {
+  for (const size_t piece : view.copied[thread]) {
     if (view.writer[piece] != static_cast<int>(thread)) continue;
     view.writer[piece] = kFenced;
-    --view.unfenced[thread], --view.all_unfenced;
+    --view.all_unfenced;
   }
+  view.copied[thread].clear();
 }
 
 void wgmma_fence() { arrive(Step::Fence, nullptr); }
