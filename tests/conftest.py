@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +15,16 @@ from cuda_helpers import EMULATION, modules
 from cuda_models import loader
 from mxmoe import _core, cuda, ops
 from small_models import write
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cpus_of_its_own() -> None:
+    """Give each of pytest-xdist's processes its share of the CPUs: threads of several would spin on each other's."""
+    count = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if count > 1 and hasattr(os, "sched_setaffinity"):
+        number = int(os.environ["PYTEST_XDIST_WORKER"].removeprefix("gw"))
+        cpus = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, cpus[number % len(cpus) :: count])
 
 
 @pytest.fixture(autouse=True, scope="session")
