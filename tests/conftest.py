@@ -45,8 +45,8 @@ def _subnormals() -> None:
     torch.set_flush_denormal(False)
 
 
-# AVX-VNNI has kernels of its own for products of int8 alone; elsewhere its level is AVX2 once more.
-HAVE_AVX_VNNI_KERNELS = [
+# VNNI has kernels of its own for products of int8 alone; elsewhere its levels are AVX2 and AVX-512 once more.
+HAVE_VNNI_KERNELS = [
     f"test_{name}" for name in ("c_interface", "ceilings", "isa", "linear", "linear_group", "mxfp4_moe", "packing")
 ]
 
@@ -61,8 +61,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     marks = metafunc.definition.iter_markers("parametrize")
     if "isa" not in metafunc.fixturenames or any("isa" in _names(mark) for mark in marks):
         return
-    own = metafunc.module.__name__ in HAVE_AVX_VNNI_KERNELS
-    levels = [name for name in _core.available_isas() if own or name != "avxvnni"]
+    own = metafunc.module.__name__ in HAVE_VNNI_KERNELS
+    levels = [name for name in _core.available_isas() if own or name not in ("avxvnni", "avx512vnni")]
     metafunc.parametrize("isa", levels, indirect=True)
 
 

@@ -321,7 +321,7 @@ def test_num_threads():
 
 
 def test_isa_names():
-    levels = ["scalar", "avx2", "avxvnni", "avx512base", "avx512"]
+    levels = ["scalar", "avx2", "avxvnni", "avx512base", "avx512vnni", "avx512"]
     assert [name for name in levels if number_of("has_isa", name.encode())] == _core.available_isas()
     assert LIBRARY.mxmoe_has_isa(b"sse9", byref(c_int())) == VALUE_ERROR
     with pytest.raises(ValueError) as raised:

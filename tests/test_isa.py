@@ -16,15 +16,16 @@ from compare import assert_exact
 from mxmoe import _core, doctor, ops, packing
 from op_helpers import normal
 
-LEVELS = ["scalar", "avx2", "avxvnni", "avx512base", "avx512"]
+LEVELS = ["scalar", "avx2", "avxvnni", "avx512base", "avx512vnni", "avx512"]
 AVAILABLE = _core.available_isas()
 HAS_DOT = all(feature in _core.cpu_features() for feature in ("AVX-512 VNNI", "AVX-512 BF16"))
 HAS_FAST_BF16 = "BF16 products faster" in _core.cpu_features()
 # Matrix products by vdpbf16ps, and the peak they are measured against, are for where it is the faster way.
 BY_FAST_BF16 = {"linear_bf16_bf16", "linear_bf16_int8", "mxfp4_moe_bf16", "ceilings_bf16"}
 
-# The level of AVX-VNNI has products of int8 of its own, and AVX2's kernels else.
-BY_AVX_VNNI = {"linear_int8_int8", "mxfp4_moe_int8", "ceilings_int8"}
+# The levels of VNNI have products of int8 of their own, and the kernels of those without it else.
+BY_VNNI = {"linear_int8_int8", "mxfp4_moe_int8", "ceilings_int8"}
+WITHOUT_VNNI = {"avxvnni": "avx2", "avx512vnni": "avx512base"}
 
 # Table -> the call of op_calls that uses it, and the ending of its kernels' names where it is not the level's own.
 TABLES = {
@@ -56,9 +57,11 @@ TABLES = {
 
 def expected_kernel(table, level):
     _, prefix, endings = TABLES[table]
-    has = HAS_DOT and (HAS_FAST_BF16 or table not in BY_FAST_BF16)
-    level = level if has or level != "avx512" else "avx512base"
-    level = level if table in BY_AVX_VNNI or level != "avxvnni" else "avx2"
+    if level == "avx512":
+        has_bf16 = HAS_DOT and (HAS_FAST_BF16 or table not in BY_FAST_BF16)
+        has = "avx512vnni" in AVAILABLE if table in BY_VNNI else has_bf16
+        level = level if has else "avx512base"
+    level = level if table in BY_VNNI else WITHOUT_VNNI.get(level, level)
     return f"{prefix}_{endings.get(level, level).replace('avx512base', 'avx512')}"
 
 
@@ -150,7 +153,7 @@ def test_levels_nest_and_return():
 def test_unknown_levels(name):
     before = _core.active_isa()
     with (
-        pytest.raises(ValueError, match=f"isa is '{name}'; wanted one of scalar, avx2, avxvnni, avx512base, avx512"),
+        pytest.raises(ValueError, match=f"isa is '{name}'; wanted one of {', '.join(LEVELS)}"),
         ops.isa(name),
     ):
         raise AssertionError("ran under an unknown instruction set")
@@ -191,8 +194,7 @@ def test_environment_variable(level):
 def test_environment_variable_of_nonsense():
     done = run_python(RUN_ONE, MXMOE_ISA="fastest")
     assert done.returncode != 0 and done.stdout == ""
-    wanted = "scalar, avx2, avxvnni, avx512base, avx512"
-    assert f"ValueError: MXMOE_ISA is 'fastest'; wanted one of {wanted}" in done.stderr
+    assert f"ValueError: MXMOE_ISA is 'fastest'; wanted one of {', '.join(LEVELS)}" in done.stderr
 
 
 def test_doctor_names_the_kernels_that_run(isa):

@@ -124,6 +124,7 @@ const std::vector<IsaLevel>& isa_levels() {
       {"avx2", kAvx2, kAvx2},
       {"avxvnni", kAvx2 | kAvxVnni, kAvx2 | kAvxVnni},
       {"avx512base", kAvx2 | kAvx512, kAvx2 | kAvx512},
+      {"avx512vnni", kAvx2 | kAvx512 | kAvx512Vnni, kAvx2 | kAvx512 | kAvx512Vnni},
       {"avx512", kAvx2 | kAvx512, kAvx2 | kAvx512 | kAvx512Vnni | kAvx512Bf16 | kFastBf16},
   };
   return levels;

@@ -26,8 +26,8 @@ struct IsaLevel {
   uint32_t allowed;   // what kernels may use when it is asked for
 };
 
-// Worst first. "avxvnni" is AVX2 with AVX-VNNI, "avx512base" keeps to AVX-512 without VNNI and BF16; "avx512" adds
-// those the machine has.
+// Worst first. "avxvnni" is AVX2 with AVX-VNNI, "avx512base" keeps to AVX-512 without VNNI and BF16, "avx512vnni" to
+// it without BF16; "avx512" adds those the machine has.
 const std::vector<IsaLevel>& isa_levels();
 
 uint32_t cpu_features();
@@ -53,6 +53,7 @@ bool has_isa(const std::string& name);  // throws ValueError for an unknown one
 #define MXMOE_AVX_VNNI_KERNELS 1
 #endif
 
+constexpr uint32_t kAvx512VnniDot = kAvx512 | kAvx512Vnni;            // what target_avx512vnni.h compiles for
 constexpr uint32_t kAvx512Dot = kAvx512 | kAvx512Vnni | kAvx512Bf16;  // what target_avx512x.h compiles for
 constexpr uint32_t kAvx512Bf16Dot = kAvx512Dot | kFastBf16;           // where matrix products gain by vdpbf16ps
 

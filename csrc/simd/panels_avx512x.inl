@@ -2,7 +2,8 @@
 // Every output has one accumulator that sees the blocks of K in order, whatever the number of tokens and the layout
 // of the weights, so its bits depend on its own row alone. Few tokens read the weights once, straight from memory;
 // for many, a chunk of two panels is decoded into the first-level cache, while the first of them are multiplied, and
-// used for all the others. Included inside the namespace and target region of avx512x.
+// used for all the others. Included inside the namespace and target region of avx512x, for products of bfloat16, and
+// of avx512vnni, for those of bytes.
 
 constexpr int kTileRows = 2 * kPanelRows;  // weight rows of one pass, and the row stride of its results
 constexpr int kTileTokens = 96;            // tokens of one pass: what they sum up stays in the second-level cache

@@ -174,8 +174,9 @@ def isa(name: str) -> Iterator[None]:
     Parameters
     ----------
     name : str
-        ``"scalar"``, ``"avx2"``, ``"avxvnni"`` (AVX2 with AVX-VNNI), ``"avx512base"`` (without VNNI and BF16) or
-        ``"avx512"``. The environment variable ``MXMOE_ISA`` does the same for a whole process.
+        ``"scalar"``, ``"avx2"``, ``"avxvnni"`` (AVX2 with AVX-VNNI), ``"avx512base"`` (without VNNI and BF16),
+        ``"avx512vnni"`` (without BF16) or ``"avx512"``. The environment variable ``MXMOE_ISA`` does the same for a
+        whole process.
 
     Raises
     ------

@@ -22,7 +22,7 @@ Dispatch<ReadKernel> read_table("ceilings_read",
                                     "read_scalar", 0, read_scalar}});
 
 using Peak = const PeakKernel*;
-Dispatch<Peak> int8_table("ceilings_int8", {MXMOE_X86({"peak_int8_avx512vnni", kAvx512Dot, &peak_int8_avx512vnni},
+Dispatch<Peak> int8_table("ceilings_int8", {MXMOE_X86({"peak_int8_avx512vnni", kAvx512VnniDot, &peak_int8_avx512vnni},
                                                       {"peak_int8_avx512", kAvx512, &peak_int8_avx512},
                                                       {"peak_int8_avxvnni", kAvx2 | kAvxVnni, &peak_int8_avxvnni},
                                                       {"peak_int8_avx2", kAvx2, &peak_int8_avx2}){

@@ -10,18 +10,6 @@ namespace {
 // Two instructions a cycle, five cycles each: ten chains would do.
 constexpr int kChains = 16;
 
-float int8_rounds(int64_t rounds) {
-  const __m512i weights = _mm512_set1_epi8(3), activations = _mm512_set1_epi8(5);
-  __m512i acc[kChains];
-  for (int i = 0; i < kChains; ++i) acc[i] = _mm512_set1_epi32(i);
-  for (int64_t r = 0; r < rounds; ++r) {
-    for (int i = 0; i < kChains; ++i) acc[i] = _mm512_dpbusd_epi32(acc[i], weights, activations);
-  }
-  __m512i sum = acc[0];
-  for (int i = 1; i < kChains; ++i) sum = _mm512_xor_si512(sum, acc[i]);
-  return static_cast<float>(_mm512_reduce_add_epi32(sum));
-}
-
 float bf16_rounds(int64_t rounds) {
   const __m512bh weights = _mm512_cvtne2ps_pbh(_mm512_set1_ps(0.5f), _mm512_set1_ps(-0.5f));
   const __m512bh activations = _mm512_cvtne2ps_pbh(_mm512_set1_ps(1.0f), _mm512_set1_ps(0.25f));
@@ -37,7 +25,6 @@ float bf16_rounds(int64_t rounds) {
 
 }  // namespace
 
-const PeakKernel peak_int8_avx512vnni = {2 * 64 * kChains, int8_rounds};
 const PeakKernel peak_bf16_avx512bf16 = {2 * 32 * kChains, bf16_rounds};
 
 }  // namespace mxmoe

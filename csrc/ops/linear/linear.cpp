@@ -30,7 +30,7 @@ Dispatch<Fn> bf16_int8("linear_bf16_int8",
                                   {"linear_bf16_int8_avx2", kAvx2, &linear_avx2.bf16_int8}){
                            "linear_bf16_int8_scalar", 0, &linear_scalar.bf16_int8}});
 Dispatch<Fn> int8_int8("linear_int8_int8",
-                       {MXMOE_X86({"linear_int8_int8_avx512vnni", kAvx512Dot, &linear_int8_int8_avx512x},
+                       {MXMOE_X86({"linear_int8_int8_avx512vnni", kAvx512VnniDot, &linear_int8_int8_avx512vnni},
                                   {"linear_int8_int8_avx512", kAvx512, &linear_avx512.int8_int8},
                                   {"linear_int8_int8_avxvnni", kAvx2 | kAvxVnni, &linear_int8_int8_avxvnni},
                                   {"linear_int8_int8_avx2", kAvx2, &linear_avx2.int8_int8}){

@@ -71,9 +71,8 @@ struct LinearKernels {
   LinearKernel f32_bf16, bf16_bf16, f32_int8, bf16_int8, int8_int8;
 };
 extern const LinearKernels linear_scalar, linear_avx2, linear_avx512;
-// With VNNI and BF16 dot products.
-extern const LinearKernel linear_bf16_bf16_avx512x, linear_bf16_int8_avx512x, linear_int8_int8_avx512x;
-extern const LinearKernel linear_int8_int8_avxvnni;
+extern const LinearKernel linear_int8_int8_avxvnni, linear_int8_int8_avx512vnni;
+extern const LinearKernel linear_bf16_bf16_avx512x, linear_bf16_int8_avx512x;  // with BF16 dot products
 
 namespace cuda {
 class Stream;

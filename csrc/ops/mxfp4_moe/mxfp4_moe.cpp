@@ -21,7 +21,7 @@ Dispatch<Fn> with_bf16("mxfp4_moe_bf16",
                                   {"mxfp4_moe_bf16_mxfp4_avx2", kAvx2, &mxfp4_moe_avx2.bf16}){
                            "mxfp4_moe_bf16_mxfp4_scalar", 0, &mxfp4_moe_scalar.bf16}});
 Dispatch<Fn> with_int8("mxfp4_moe_int8",
-                       {MXMOE_X86({"mxfp4_moe_int8_mxfp4_avx512vnni", kAvx512Dot, &mxfp4_moe_int8_avx512x},
+                       {MXMOE_X86({"mxfp4_moe_int8_mxfp4_avx512vnni", kAvx512VnniDot, &mxfp4_moe_int8_avx512vnni},
                                   {"mxfp4_moe_int8_mxfp4_avx512", kAvx512, &mxfp4_moe_avx512.int8},
                                   {"mxfp4_moe_int8_mxfp4_avxvnni", kAvx2 | kAvxVnni, &mxfp4_moe_int8_avxvnni},
                                   {"mxfp4_moe_int8_mxfp4_avx2", kAvx2, &mxfp4_moe_avx2.int8}){

@@ -81,8 +81,8 @@ struct MoeKernels {
   MoeKernel f32, bf16, int8;  // by activation
 };
 extern const MoeKernels mxfp4_moe_scalar, mxfp4_moe_avx2, mxfp4_moe_avx512;
-extern const MoeKernel mxfp4_moe_int8_avxvnni;
-extern const MoeKernel mxfp4_moe_bf16_avx512x, mxfp4_moe_int8_avx512x;  // with VNNI and BF16 dot products
+extern const MoeKernel mxfp4_moe_int8_avxvnni, mxfp4_moe_int8_avx512vnni;
+extern const MoeKernel mxfp4_moe_bf16_avx512x;  // with BF16 dot products
 
 // y[i] = residual[i] + sum_c weights[c] * rows[c][i]; a null row is skipped, a null residual counts as zero.
 struct CombineRow {

@@ -73,9 +73,9 @@ MXMOE_API int mxmoe_set_num_threads(int num_threads);
 MXMOE_API int mxmoe_get_num_threads(int* num_threads);
 
 /* The instruction set in force for the whole process: "scalar", "avx2", "avxvnni" (AVX2 with AVX-VNNI), "avx512base"
- * (without VNNI and BF16) or "avx512"; the best this CPU has unless the environment variable MXMOE_ISA, read when
- * first needed, or mxmoe_set_isa says otherwise. "" returns to the default. What is unknown or lacking here is
- * MXMOE_VALUE_ERROR, never another one. Names that are given out are valid for ever. */
+ * (without VNNI and BF16), "avx512vnni" (without BF16) or "avx512"; the best this CPU has unless the environment
+ * variable MXMOE_ISA, read when first needed, or mxmoe_set_isa says otherwise. "" returns to the default. What is
+ * unknown or lacking here is MXMOE_VALUE_ERROR, never another one. Names that are given out are valid for ever. */
 MXMOE_API int mxmoe_set_isa(const char* name);
 MXMOE_API int mxmoe_get_isa(const char** name);
 /* Whether this CPU has that instruction set: 1 or 0. */

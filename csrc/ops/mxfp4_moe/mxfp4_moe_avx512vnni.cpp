@@ -1,0 +1,35 @@
+#if defined(MXMOE_X86_KERNELS)
+#include "ops/mxfp4_moe/mxfp4_moe.h"
+
+#include <cmath>
+#include <cstring>
+#include <utility>
+
+#include "simd/avx512vnni.h"
+
+#include "core/target_avx512vnni.h"
+namespace mxmoe {
+namespace avx512vnni {
+namespace {
+#include "simd/math.inl"
+#include "simd/prepare.inl"
+#include "simd/panels_avx512x.inl"
+#include "ops/mxfp4_moe/swiglu.inl"
+#include "ops/mxfp4_moe/mxfp4_moe_avx512_tiles.inl"
+
+template <CodeOrder kOrder>
+constexpr PrepareFn kI8 = {prepare_panel_i8<12, kOrder, float>, prepare_panel_i8<12, kOrder, bf16>};
+constexpr int kMetaFloats = sizeof(BlockMeta) / sizeof(float);
+}  // namespace
+}  // namespace avx512vnni
+
+const MoeKernel mxfp4_moe_int8_avx512vnni = {avx512vnni::kI8<avx512vnni::CodeOrder::kStored>,
+                                             avx512vnni::kI8<avx512vnni::CodeOrder::kPacked>,
+                                             1,
+                                             avx512vnni::kMetaFloats,
+                                             avx512vnni::moe_gate_up<avx512vnni::PanelI8Mxfp4>,
+                                             avx512vnni::moe_down<avx512vnni::PanelI8Mxfp4>};
+
+}  // namespace mxmoe
+#include "core/target_end.h"
+#endif  // MXMOE_X86_KERNELS
