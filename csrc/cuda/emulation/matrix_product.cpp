@@ -1,5 +1,5 @@
 // A file of its own, built without sanitizers: half of the time of the emulated kernels went by here, and what it is
-// given are vectors of the emulation's own.
+// given are arrays of the emulation's own.
 #include "cuda/emulation/matrix_product.h"
 
 namespace mxmoe {
