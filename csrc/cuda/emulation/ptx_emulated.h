@@ -123,12 +123,16 @@ void wgmma_wait() {
 }
 template <int kCount>
 void wgmma_hold(float (&)[kCount]) {}
+template <int N>
+constexpr bool kIsWgmmaWidth = N % 8 == 0 && N >= 8 && N <= 256;
 template <int N, bool kTransposedB = false>
 void wgmma_bf16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool accumulate) {
+  static_assert(kIsWgmmaWidth<N>, "wgmma has no such N");
   emulation::wgmma({d, a, 0, b, false, kTransposedB, accumulate, N});
 }
 template <int N, bool kTransposedA = false, bool kTransposedB = false>
 void wgmma_bf16(float (&d)[N / 2], uint64_t a, uint64_t b, bool accumulate) {
+  static_assert(kIsWgmmaWidth<N>, "wgmma has no such N");
   emulation::wgmma({d, nullptr, a, b, kTransposedA, kTransposedB, accumulate, N});
 }
 

@@ -183,7 +183,6 @@ void join(Warpgroup& group, Product& product, size_t thread, const WarpgroupProd
       if (sums->registers[thread] == part.d) product.sums = sums;
     }
   }
-  if (part.n % 8 != 0 || part.n < 8 || part.n > 256) fail(concat("wgmma with n = ", part.n));
   if (!product.sums) {
     product.sums = std::make_shared<Accumulators>();
     product.sums->values.resize(static_cast<size_t>(kRows * part.n));
