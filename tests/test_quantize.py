@@ -167,7 +167,11 @@ def test_int8_matches_the_reference_and_torch(dtype):
 def test_int8_scale_is_the_smallest_bfloat16_that_covers_the_block():
     # Just at, below and above 127 times a bfloat16, where rounding the quotient to float32 would hide the excess.
     scale = np.linspace(1, 2, 256, endpoint=False).astype(BF16).astype(np.float32)
-    for amax in (scale * 127, np.nextafter(scale * 127, np.float32(0)), np.nextafter(scale * 127, np.float32(1e9))):
+    # And so small that 127 of the smallest bfloat16 cover more, or that the quotient is no float32.
+    least = np.arange(256, dtype=np.uint32).view(np.float32)
+    for amax in (
+        scale * 127, np.nextafter(scale * 127, np.float32(0)), np.nextafter(scale * 127, np.float32(1e9)), least
+    ):  # fmt: skip
         x = np.zeros((256, BLOCK), np.float32)
         x[:, 5] = -amax
         for got, want in zip(ops.int8_quantize(x), reference.int8_quantize(x), strict=True):

@@ -89,10 +89,11 @@ int32_t round_to_int(float x) {
   return static_cast<int32_t>(bits_from_float(x + kShift) - bits_from_float(kShift));
 }
 
-// The smallest bfloat16 that is not below a positive float.
-bf16 round_up(float x) {
-  const uint32_t bits = bits_from_float(x);
-  return bf16{static_cast<uint16_t>((bits + 0xffffu) >> 16)};
+// The smallest bfloat16 that 127 times is not below `amax`: the product of 8 significant bits and 7 is exact.
+bf16 int8_scale(float amax) {
+  bf16 scale{static_cast<uint16_t>(bits_from_float(amax / 127.0f) >> 16)};
+  if (127.0 * static_cast<double>(to_float(scale)) < static_cast<double>(amax)) ++scale.bits;
+  return scale;
 }
 
 bool is_finite(bf16 x) { return (x.bits & 0x7f80u) != 0x7f80u; }
@@ -189,11 +190,11 @@ void int8_quantize(const Tensor& values, const Tensor& codes, const Tensor& scal
     float x[kMxBlock];
     for (int64_t b = 0; b < per_row; ++b) {
       load_block(values, row, b, x);
-      const bf16 rounded = round_up(largest_magnitude(x) / 127.0f);
+      const bf16 rounded = int8_scale(largest_magnitude(x));
       scales.as<bf16>()[row * per_row + b] = rounded;
       const float scale = to_float(rounded);
       int8_t* to = codes.as<int8_t>() + row * values.shape[1] + b * kMxBlock;
-      // amax / 127 may underflow to zero: then so do the values.
+      // Nothing but zeros has scale 0.
       const float divisor = scale > 0.0f ? scale : std::numeric_limits<float>::infinity();
       for (int i = 0; i < kMxBlock; ++i) to[i] = static_cast<int8_t>(round_to_int(x[i] / divisor));
     }
