@@ -13,12 +13,12 @@ import torch
 from numpy.typing import NDArray
 
 from compare import assert_close
-from harness import Peer, Work, copies
+from harness import Activations, Peer, Work, copies
 from make_checkpoint import Weights
 from mxmoe import ops
 from mxmoe.costs import Costs
 from mxmoe.reference import ops as reference
-from op_helpers import normal, round_activations, to_torch
+from op_helpers import bf16_as_integers, normal, round_activations, to_torch
 from shapes import Shape, shapes
 
 # "weights activations"
@@ -35,15 +35,22 @@ def make_weight(shape: Shape, layer: int) -> tuple[NDArray[Any], NDArray[Any] | 
     return ops.int8_quantize(weight) if shape.mode.startswith("int8") else (weight, None)
 
 
-def rounding(held: str, activations: str) -> str:
+def rounding(held: str, activations: Activations) -> Activations:
     """Return what activations are rounded to: bf16 weights make bf16 of int8."""
     return "bf16" if activations == "int8" and held == "bf16" else activations
+
+
+def multiplied_as(held: str, activations: Activations) -> Activations:
+    """Return whose peak the products are held against: 16-bit integers do not meet bf16 weights, float32 does."""
+    rounded = rounding(held, activations)
+    return "float32" if held == "bf16" and rounded == "bf16" and bf16_as_integers() else rounded
 
 
 def check(x: NDArray[Any], weight: NDArray[Any], scales: NDArray[Any] | None, activations: str) -> None:
     """Compare two tokens and 512 columns with float64, as near as torch in float32 is."""
     got = ops.linear(x, weight, scales=scales, activations=activations)[:2, :512]
-    rounded = round_activations(x[:2], rounding("bf16" if scales is None else "int8", activations))
+    held = "bf16" if scales is None else "int8"
+    rounded = round_activations(x[:2], rounding(held, activations), "bfloat16" if scales is None else "int8")
     scales = None if scales is None else scales[:512]
     want = reference.linear(rounded, weight[:512], scales=scales)
     exact = reference.linear(np.eye(weight.shape[1]), weight[:512], scales=scales).T.astype(np.float32)
@@ -70,7 +77,7 @@ def work(shape: Shape) -> Work:
     calls = [partial(ops.linear, x, w, scales=scales, activations=activations, out=out) for w, scales in weights]
     return Work(
         "linear", f"{shape} ({tokens}x{columns} @ {rows})", calls, nbytes, 2.0 * tokens * rows * columns,
-        rounding(held, activations), lambda: check(x, *first, activations),
+        multiplied_as(held, activations), lambda: check(x, *first, activations),
         Peer("torch bf16", [partial(torch.nn.functional.linear, x16, w) for w in peers]),
     )  # fmt: skip
 

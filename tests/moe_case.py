@@ -92,7 +92,7 @@ def torch_moe(case: MoeCase, activations: str, dtype: torch.dtype = torch.float3
     w = {name: torch.from_numpy(wide(array)).to(dtype) for name, array in w.items()}
     alpha, limit = case.options.get("swiglu_alpha", 1.702), case.options.get("swiglu_limit", 7.0)
     first = case.options.get("first_expert", 0)
-    x = torch.from_numpy(round_activations(case.x, activations)).to(dtype)
+    x = torch.from_numpy(round_activations(case.x, activations, "mxfp4")).to(dtype)
     y = torch.zeros(case.x.shape, dtype=dtype)
     ids = torch.from_numpy(case.topk_ids.astype(np.int64)) - first
     shares = torch.from_numpy(case.topk_weights).to(dtype)
@@ -107,7 +107,7 @@ def torch_moe(case: MoeCase, activations: str, dtype: torch.dtype = torch.float3
         g = x[tokens] @ gate_up.to(dtype).T + w["gate_up_bias"][e]
         gate, up = g[:, 0::2].clamp(max=limit), g[:, 1::2].clamp(-limit, limit)
         a = gate * torch.sigmoid(alpha * gate) * (up + 1)
-        a = torch.from_numpy(round_activations(a.numpy().astype(np.float32), activations)).to(dtype)
+        a = torch.from_numpy(round_activations(a.numpy().astype(np.float32), activations, "mxfp4")).to(dtype)
         out = a @ down.to(dtype).T + w["down_bias"][e]
         y.index_add_(0, tokens, shares[tokens, choices, None] * out)
     return y if case.residual is None else y + to_torch(case.residual).to(dtype)

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from compare import as_numpy, assert_exact, poisoned
-from mxmoe import ops
+from mxmoe import _core, ops
 
 BF16 = np.dtype(ml_dtypes.bfloat16)
 FLOATS = {"float32": np.dtype(np.float32), "bfloat16": BF16}
@@ -79,10 +79,27 @@ def round_int8(x: NDArray[Any]) -> tuple[NDArray[np.float32], NDArray[np.float32
     return np.rint(blocks * inverse), amax / np.float32(127)
 
 
-def round_activations(x: NDArray[Any], activations: str) -> NDArray[np.float64]:
-    """Round as the op contracts say; the result is exact in float64."""
+def bf16_as_integers() -> bool:
+    """Tell whether bfloat16 activations meet MXFP4 and int8 weights as 16-bit integers at the active level."""
+    index, _, rows = _core.kernels()["mxfp4_moe_bf16"]
+    return rows[index][0].rpartition("_")[2] in ("avx2", "avxvnni", "avx512", "avx512vnni")
+
+
+def round_bf16_to_integers(x: NDArray[Any]) -> NDArray[np.float64]:
+    """Round to bfloat16, then to 2^-14 of the power of two in each block's largest magnitude."""
+    rounded = wide(x.astype(BF16))
+    blocks = rounded.reshape(*x.shape[:-1], x.shape[-1] // BLOCK, BLOCK)
+    _, exponent = np.frexp(np.abs(blocks).max(axis=-1, keepdims=True))  # amax is in [2^(exponent - 1), 2^exponent)
+    step = np.ldexp(1.0, np.maximum(exponent - 1, 32 - 127) - 14)
+    return (np.rint(blocks / step) * step).reshape(x.shape)
+
+
+def round_activations(x: NDArray[Any], activations: str, weights: str = "bfloat16") -> NDArray[np.float64]:
+    """Round as the op contracts say, for weights of that dtype; the result is exact in float64."""
     if activations == "float32":
         return wide(x.astype(np.float32))
+    if activations == "bf16" and weights != "bfloat16" and bf16_as_integers():
+        return round_bf16_to_integers(x)
     if activations == "bf16":
         return wide(x.astype(BF16))
     codes, scales = round_int8(x)

@@ -20,11 +20,13 @@ LEVELS = ["scalar", "avx2", "avxvnni", "avx512base", "avx512vnni", "avx512"]
 AVAILABLE = _core.available_isas()
 HAS_DOT = all(feature in _core.cpu_features() for feature in ("AVX-512 VNNI", "AVX-512 BF16"))
 HAS_FAST_BF16 = "BF16 products faster" in _core.cpu_features()
-# Matrix products by vdpbf16ps, and the peak they are measured against, are for where it is the faster way.
-BY_FAST_BF16 = {"linear_bf16_bf16", "linear_bf16_int8", "mxfp4_moe_bf16", "ceilings_bf16"}
+# Matrix products by vdpbf16ps, and the peak they are measured against, are for where it is the faster way. Else those
+# of weights in few bits are products of integers.
+AS_INTEGERS = {"linear_bf16_int8", "mxfp4_moe_bf16", "ceilings_bf16"}
+BY_FAST_BF16 = {"linear_bf16_bf16"} | AS_INTEGERS
 
-# The levels of VNNI have products of int8 of their own, and the kernels of those without it else.
-BY_VNNI = {"linear_int8_int8", "mxfp4_moe_int8", "ceilings_int8"}
+# The levels of VNNI have products of integers of their own, and the kernels of those without it else.
+BY_VNNI = {"linear_int8_int8", "mxfp4_moe_int8", "ceilings_int8"} | AS_INTEGERS
 WITHOUT_VNNI = {"avxvnni": "avx2", "avx512vnni": "avx512base"}
 
 # Table -> the call of op_calls that uses it, and the ending of its kernels' names where it is not the level's own.
@@ -49,7 +51,8 @@ TABLES = {
     "ceilings_bf16": (
         "ceilings_bf16",
         "peak_bf16",
-        {level: f"as_float32_{level}" for level in ("scalar", "avx2", "avx512base")} | {"avx512": "avx512bf16"},
+        {level: f"as_int16_{level}" for level in ("avx2", "avxvnni", "avx512base", "avx512vnni")}
+        | {"scalar": "as_float32_scalar", "avx512": "avx512bf16"},
     ),
     "ceilings_float32": ("ceilings_float32", "peak_float32", {}),
 }
@@ -57,10 +60,11 @@ TABLES = {
 
 def expected_kernel(table, level):
     _, prefix, endings = TABLES[table]
-    if level == "avx512":
-        has_bf16 = HAS_DOT and (HAS_FAST_BF16 or table not in BY_FAST_BF16)
-        has = "avx512vnni" in AVAILABLE if table in BY_VNNI else has_bf16
-        level = level if has else "avx512base"
+    has_vnni = "avx512vnni" in AVAILABLE
+    if level == "avx512" and table in BY_VNNI - AS_INTEGERS:
+        level = level if has_vnni else "avx512base"
+    elif level == "avx512" and not (HAS_DOT and (HAS_FAST_BF16 or table not in BY_FAST_BF16)):
+        level = "avx512vnni" if has_vnni and table in AS_INTEGERS else "avx512base"
     level = level if table in BY_VNNI else WITHOUT_VNNI.get(level, level)
     return f"{prefix}_{endings.get(level, level).replace('avx512base', 'avx512')}"
 
@@ -94,34 +98,35 @@ def test_the_forced_kernel_is_the_one_that_ran(isa, table):
     assert all(missing for _, missing in rows[:index])  # none better would have run
 
 
-def _int8_linear(num_tokens: int, packed: bool) -> Any:
+def _linear_by_int8(num_tokens: int, packed: bool, activations: str) -> Any:
     rng = np.random.default_rng(1)
     x = normal(rng, (num_tokens, 96), "bfloat16")
     weight = rng.integers(-127, 128, (80, 96), dtype=np.int8)
     scales = np.abs(normal(rng, (80, 3), "bfloat16"))
     if packed:
         weight, scales = packing.pack_linear(weight, scales)
-    return ops.linear(x, weight, scales=scales, activations="int8")
+    return ops.linear(x, weight, scales=scales, activations=activations)
 
 
-def _int8_moe(num_tokens: int, packed: bool) -> Any:
+def _moe(num_tokens: int, packed: bool, activations: str) -> Any:
     case = moe_case.make(num_tokens, 96, 64, 2, 1)  # about half of the tokens for each expert
     if packed:
         for name in ("gate_up", "down"):
             blocks, scales = packing.pack_mxfp4(case.weights[f"{name}_blocks"], case.weights[f"{name}_scales"])
             case = case.with_weights(**{f"{name}_blocks": blocks, f"{name}_scales": scales})
-    return case.run("int8")
+    return case.run(activations)
 
 
 @pytest.mark.skipif("avxvnni" not in AVAILABLE, reason="this CPU has no AVX-VNNI")
 @pytest.mark.parametrize("num_tokens", [1, 8, 9, 150])  # one; few; and many, whose weights are decoded once for all
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("op", [_int8_linear, _int8_moe])
-def test_dot_products_give_the_bits_of_avx2(op, packed, num_tokens):
+@pytest.mark.parametrize("activations", ["bf16", "int8"])
+@pytest.mark.parametrize("op", [_linear_by_int8, _moe])
+def test_dot_products_give_the_bits_of_avx2(op, activations, packed, num_tokens):
     results = []
     for level in ("avx2", "avxvnni"):
         with ops.isa(level):
-            results.append(op(num_tokens, packed))
+            results.append(op(num_tokens, packed, activations))
     assert_exact(*results)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from compare import SLACK, assert_close, assert_exact, relative_error
-from mxmoe import ops
+from mxmoe import _core, ops, packing
 from mxmoe.reference import ops as reference
 from op_helpers import (
     BF16,
@@ -15,6 +15,7 @@ from op_helpers import (
     FLOATS,
     TOKEN_COUNTS,
     assert_rows_stand_alone,
+    bf16_as_integers,
     guarded,
     normal,
     round_activations,
@@ -54,7 +55,10 @@ class Case:
 
     def rounded_x(self, activations):
         # There is no integer dot with bfloat16 weights: int8 rounds to bfloat16 there.
-        return round_activations(self.x, "bf16" if activations == "int8" and self.scales is None else activations)
+        weights = "bfloat16" if self.scales is None else "int8"
+        return round_activations(
+            self.x, "bf16" if activations == "int8" and weights == "bfloat16" else activations, weights
+        )
 
     def run(self, activations, rows=slice(None), residual=None, **kwargs):
         x = self.x[rows]
@@ -192,6 +196,58 @@ def test_int8_blocks_of_any_size(isa):
     assert_exact(case.run("int8"), np.zeros((8, 5), np.float32))
     case.x[:] = 1e-44  # below what has a reciprocal: counts as zero
     assert (np.abs(case.run("int8")) < 1e-37).all()
+
+
+def _rounded_by(x, activations="bf16"):
+    """What the op makes of activations: the product with the unit matrix, in int8."""
+    weight = np.eye(x.shape[1], dtype=np.int8)
+    return ops.linear(x, weight, scales=np.ones((len(weight), len(weight) // BLOCK), BF16), activations=activations)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5, 40])
+@pytest.mark.parametrize("x_dtype", FLOATS)
+def test_bf16_keeps_eight_bits_of_all_that_counts(isa, num_tokens, x_dtype):
+    # Half of the values within a factor of 128 of their block's largest, the others anywhere below.
+    rng = np.random.default_rng(num_tokens)
+    x = rng.choice([-1, 1], (num_tokens, 3, BLOCK)) * 2.0 ** rng.uniform(-7, 0, (num_tokens, 3, BLOCK))
+    x[..., 0] = rng.uniform(1, 1.99, (num_tokens, 3))
+    small = rng.random(x.shape) < 0.5
+    x = np.where(small & (x != x[..., :1]), x * 2.0 ** rng.uniform(-30, -7, x.shape), x)
+    x = (x * 10.0 ** rng.uniform(-20, 20, (num_tokens, 3, 1))).reshape(num_tokens, -1).astype(FLOATS[x_dtype])
+    got = _rounded_by(x)
+    want = round_activations(x, "bf16", "int8").astype(np.float32)
+    assert_exact(got + 0.0, want + 0.0)  # sums have no -0
+    blocks, rounded = wide(got).reshape(-1, BLOCK), wide(x.astype(BF16)).reshape(-1, BLOCK)
+    largest = np.abs(rounded).max(axis=1, keepdims=True)
+    assert (blocks == rounded)[np.abs(rounded) >= largest / 128].all()
+    assert (np.abs(blocks - rounded) <= largest * 2.0**-15).all()
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5, 40])
+def test_bf16_blocks_of_any_size(isa, num_tokens):
+    values = np.array([0.0, 1e-44, 1e-38, 3e-30, 1e-9, 1.0, 1e20, 3e38], np.float32)
+    x = np.tile(values.repeat(BLOCK), (num_tokens, 1))
+    # What is so small that its products are nothing may be nothing itself.
+    assert_close(_rounded_by(x), wide(x.astype(BF16)), dtype="bfloat16", out_dtype="float32", scale=1e-34 + x)
+    x[:, -5] = np.float32(3.4e38)  # beyond bfloat16
+    assert not np.isfinite(_rounded_by(x)).any()
+
+
+@pytest.mark.skipif("avx2" not in _core.available_isas(), reason="this CPU has no integers of 16 bits to multiply")
+@pytest.mark.parametrize("num_tokens", [1, 4, 7, 150])
+@pytest.mark.parametrize("packed", [False, True])
+def test_integers_for_bf16_give_the_same_bits_on_every_level(num_tokens, packed):
+    case = Case(num_tokens, 2880, 80, "int8", bias="float32")
+    if packed:
+        case.weight, case.scales = packing.pack_linear(case.weight, case.scales)
+    results = {}
+    for level in _core.available_isas():
+        with ops.isa(level):
+            if bf16_as_integers():
+                results[level] = case.run("bf16")
+    first, *others = results.values()
+    for other in others:
+        assert_exact(other, first)
 
 
 @all_formats

@@ -115,6 +115,12 @@ inline float reduce_max(f32v x) {
   s = _mm_max_ss(s, _mm_shuffle_ps(s, s, 1));
   return _mm_cvtss_f32(s);
 }
+// Rounded to the nearest integer, which must fit.
+inline void store_i16(int16_t* p, f32v x) {
+  const __m256i i32 = _mm256_cvtps_epi32(x.v);
+  const __m128i i16 = _mm_packs_epi32(_mm256_castsi256_si128(i32), _mm256_extracti128_si256(i32, 1));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), i16);
+}
 inline void store_i8(int8_t* p, f32v x) {
   const __m256i i32 = _mm256_cvtps_epi32(x.v);
   const __m128i i16 = _mm_packs_epi32(_mm256_castsi256_si128(i32), _mm256_extracti128_si256(i32, 1));
@@ -148,6 +154,12 @@ inline words multiply_bytes(words u, words s) { return _mm256_maddubs_epi16(u, s
 inline words multiply_16(words a, words b) { return _mm256_madd_epi16(a, b); }
 inline words add_16(words a, words b) { return _mm256_add_epi16(a, b); }
 inline words add_32(words a, words b) { return _mm256_add_epi32(a, b); }
+// Plus the sums of two neighbouring products of 16-bit numbers.
+inline words add_dot_16(words sum, words a, words b) {
+  sum = add_32(sum, multiply_16(a, b));
+  __asm__("" : "+x"(sum));  // GCC would add up many products first, and run out of registers
+  return sum;
+}
 inline f32v to_floats(words x) { return {_mm256_cvtepi32_ps(x)}; }
 // 2^(byte - 127) for every lane. 2^-127 is subnormal in float32.
 inline f32v e8m0_scales(const uint8_t* p) {

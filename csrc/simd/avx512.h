@@ -40,6 +40,12 @@ inline words multiply_bytes(words u, words s) { return _mm512_maddubs_epi16(u, s
 inline words multiply_16(words a, words b) { return _mm512_madd_epi16(a, b); }
 inline words add_16(words a, words b) { return _mm512_add_epi16(a, b); }
 inline words add_32(words a, words b) { return _mm512_add_epi32(a, b); }
+// Plus the sums of two neighbouring products of 16-bit numbers.
+inline words add_dot_16(words sum, words a, words b) {
+  sum = add_32(sum, multiply_16(a, b));
+  __asm__("" : "+v"(sum));  // GCC would add up many products first, and run out of registers
+  return sum;
+}
 inline f32v to_floats(words x) { return {_mm512_cvtepi32_ps(x)}; }
 // 2^(byte - 127) for every lane. 2^-127 is subnormal in float32.
 inline f32v e8m0_scales(const uint8_t* p) {

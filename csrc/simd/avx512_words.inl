@@ -95,6 +95,10 @@ inline float reduce_max(f32v x) {
   s = _mm_max_ss(s, _mm_shuffle_ps(s, s, 1));
   return _mm_cvtss_f32(s);
 }
+// Rounded to the nearest integer, which must fit.
+inline void store_i16(int16_t* p, f32v x) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(x.v)));
+}
 inline void store_i8(int8_t* p, f32v x) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(x.v)));
 }

@@ -1,5 +1,5 @@
 // What products by panels of sixteen weight rows share where there are no dot products of bytes or bfloat16
-// (panels_bytes.inl, panels_floats.inl): rows as stored are packed on the way, some blocks at a time, and every
+// (panels_bytes.inl, panels_decoded.inl): rows as stored are packed on the way, some blocks at a time, and every
 // output sees the blocks of K in order, whatever the number of tokens and the layout of the weights. Included inside
 // a kernel's namespace and target region, after simd/prepare.inl.
 

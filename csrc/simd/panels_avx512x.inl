@@ -2,13 +2,11 @@
 // Every output has one accumulator that sees the blocks of K in order, whatever the number of tokens and the layout
 // of the weights, so its bits depend on its own row alone. Few tokens read the weights once, straight from memory;
 // for many, a chunk of two panels is decoded into the first-level cache, while the first of them are multiplied, and
-// used for all the others. Included inside the namespace and target region of avx512x, for products of bfloat16, and
-// of avx512vnni, for those of bytes.
+// used for all the others. Included inside the namespace and target region of avx512x or of avx512vnni, before one of
+// the files of formats: panels_avx512x_bf16.inl, panels_avx512vnni_int8.inl, panels_avx512vnni_int16.inl.
 
 constexpr int kTileRows = 2 * kPanelRows;  // weight rows of one pass, and the row stride of its results
 constexpr int kTileTokens = 96;            // tokens of one pass: what they sum up stays in the second-level cache
-
-// The formats, their sources and the loops are read together, so the file is longer than most.
 
 // --- rows as stored: sixteen bytes of each of sixteen rows, turned into four vectors of one dword a row ---
 
@@ -39,6 +37,29 @@ inline Dwords gather_dwords(const StoredPanel& panel, int64_t offset, int64_t by
   const __m512i low23 = _mm512_unpacklo_epi32(z[2], z[3]), high23 = _mm512_unpackhi_epi32(z[2], z[3]);
   return {{_mm512_unpacklo_epi64(low01, low23), _mm512_unpackhi_epi64(low01, low23),
            _mm512_unpacklo_epi64(high01, high23), _mm512_unpackhi_epi64(high01, high23)}};
+}
+
+inline void put(uint8_t* out, __m512i x) { _mm512_store_si512(out, x); }
+
+// The vectors of a block of MXFP4 with two values of K a lane: from packed dwords, whose v-th word has its code in
+// the low four bits; and all of a stored block, each decoded as F has it.
+template <int v, class Load>
+MXMOE_INLINE __m512i mxfp4_words(const Load& dword) {
+  return v % 4 == 0 ? dword(v / 4) : _mm512_srli_epi16(dword(v / 4), 4 * (v % 4));
+}
+template <class F>
+inline void unpack_mxfp4_words(const StoredPanel& panel, int64_t block, uint8_t* out, int stride) {
+  const __m512i high_nibble = _mm512_set1_epi32(0x00040000);  // shift counts of a lane's two words
+  const __m512i spread = _mm512_broadcast_i32x4(              // the lowest byte of a lane into both its words
+      _mm_setr_epi8(0, -128, 0, -128, 4, -128, 4, -128, 8, -128, 8, -128, 12, -128, 12, -128));
+  const Dwords codes = gather_dwords(panel, block * kMxBlockBytes);
+  for (int i = 0; i < 4; ++i) {
+    for (int byte = 0; byte < 4; ++byte) {
+      const __m512i from = _mm512_add_epi32(spread, _mm512_set1_epi32(byte * 0x00010001));
+      put(out + (4 * i + byte) * stride,
+          F::decode(_mm512_srlv_epi16(_mm512_shuffle_epi8(codes.dword[i], from), high_nibble)));
+    }
+  }
 }
 
 // --- scales: sixteen float32, one a row ---
@@ -110,187 +131,15 @@ inline ScaleRange* row_range(const PreparedRows& a, int64_t row) {
 }
 
 // --- formats ---
+// A format is a class of static members:
+// kInteger: sums are integers, and activations have a scale a block (BlockMeta). kScaled: weights have one.
 // kPowers: the scales of the weights are powers of two. Where folds() says that nothing can overflow or vanish, their
 // exponents are added instead of multiplying sums by them: to the activations' scales in an int8 product, to the
 // weights themselves, as they are decoded for many tokens, in one of bfloat16. The bits are the same.
-// kGroup: how many tokens are worked on at a time, with two panels.
-// kVectors vectors make a block of a panel: bytes for vpdpbusd, four of K a lane, or pairs of bfloat16 for vdpbf16ps.
+// kGroup: how many tokens are worked on at a time, with two panels. kDecoded: for many, vectors are kept in a chunk.
+// kVectors vectors make a block of a panel; a lane has some values of K, of which product() adds up the products.
 // vector<v>(dwords) makes the v-th from the packed dwords of the block; unpack() writes all of a stored block.
-
-inline void put(uint8_t* out, __m512i x) { _mm512_store_si512(out, x); }
-
-// Codes raised by 12 to be unsigned, and doubled to be integers: the activations' scales are halved for it.
-struct PanelI8Mxfp4 {
-  static constexpr bool kInteger = true, kScaled = true, kDecoded = true, kPowers = true;
-  static constexpr int kGroup = 6, kVectors = 8, kChunk = 16, kPackedBytes = kPackedMxfp4Bytes;
-  static MXMOE_INLINE __m512i decode(__m512i codes) {
-    const __m512i table =
-        _mm512_broadcast_i32x4(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
-    return _mm512_shuffle_epi8(table, _mm512_and_si512(codes, _mm512_set1_epi8(15)));
-  }
-  template <int v, class Load>
-  static MXMOE_INLINE __m512i vector(const Load& dword) {
-    return decode(v % 2 == 0 ? dword(v / 2) : _mm512_srli_epi16(dword(v / 2), 4));
-  }
-  static __m512 scale(const char* p) { return packed_e8m0_scale(p); }
-  // Every product of two scales is a normal number.
-  static bool folds(const ScaleRange& weights, const ScaleRange& activations) {
-    constexpr int kBias = 127, kTop = 254;
-    const auto normal = [](int32_t exponent) { return exponent > 0 && exponent <= kTop; };
-    for (const int32_t w : {exponent_of(weights.lowest), exponent_of(weights.highest)}) {
-      for (const int32_t a : {exponent_of(activations.lowest), exponent_of(activations.highest)}) {
-        if (!normal(w) || !normal(a) || !normal(w + a - kBias)) return false;
-      }
-    }
-    return true;
-  }
-  static void unpack(const StoredPanel& panel, int64_t block, int64_t, uint8_t* out, int stride) {
-    const Dwords codes = gather_dwords(panel, block * kMxBlockBytes);
-    for (int i = 0; i < 4; ++i) {
-      put(out + 2 * i * stride, decode(codes.dword[i]));
-      put(out + (2 * i + 1) * stride, decode(_mm512_srli_epi16(codes.dword[i], 4)));
-    }
-  }
-  static void unpack_scales(const StoredPanel& panel, int64_t first, int count, float* out, int stride) {
-    stored_e8m0_scales(panel, first, count, out, stride);
-  }
-};
-
-// Codes raised by 128.
-struct PanelI8I8 {
-  static constexpr bool kInteger = true, kScaled = true, kDecoded = false, kPowers = false;
-  static constexpr int kGroup = 6, kVectors = 8, kChunk = 16, kPackedBytes = kPackedInt8Bytes;
-  template <int v, class Load>
-  static MXMOE_INLINE __m512i vector(const Load& dword) {
-    return dword(v);
-  }
-  static __m512 scale(const char* p) { return packed_bf16_scale(p); }
-  static void unpack(const StoredPanel& panel, int64_t block, int64_t, uint8_t* out, int stride) {
-    for (int half = 0; half < 2; ++half) {
-      const Dwords codes = gather_dwords(panel, block * kMxBlock + 16 * half);
-      for (int i = 0; i < 4; ++i) {
-        put(out + (4 * half + i) * stride, _mm512_xor_si512(codes.dword[i], _mm512_set1_epi8(-128)));
-      }
-    }
-  }
-  static void unpack_scales(const StoredPanel& panel, int64_t first, int count, float* out, int stride) {
-    stored_bf16_scales(panel, first, count, out, stride);
-  }
-};
-
-struct PanelBf16Mxfp4 {
-  static constexpr bool kInteger = false, kScaled = true, kDecoded = true, kPowers = true;
-  static constexpr int kGroup = 8, kVectors = 16, kChunk = 8, kPackedBytes = kPackedMxfp4Bytes;
-  // The permute looks at the low five bits of a word, the fifth of which is part of another code: the table of the
-  // sixteen values as bfloat16 stands twice.
-  static MXMOE_INLINE __m512i look_up(__m512i words, int raised, int minus_zero) {
-    const auto value = [&](int bits) { return static_cast<short>(bits + raised); };
-    const __m512i table = _mm512_broadcast_i64x4(
-        _mm256_setr_epi16(0, value(0x3f00), value(0x3f80), value(0x3fc0), value(0x4000), value(0x4040), value(0x4080),
-                          value(0x40c0), static_cast<short>(minus_zero), value(0xbf00), value(0xbf80), value(0xbfc0),
-                          value(0xc000), value(0xc040), value(0xc080), value(0xc0c0)));
-    return _mm512_permutexvar_epi16(words, table);
-  }
-  static MXMOE_INLINE __m512i decode(__m512i words) { return look_up(words, 0, 0x8000); }
-  // The exponents stand in the table as high as they go; what a scale leaves of that is taken off, and zeros stay.
-  static constexpr int kRaised = 125, kExponentBit = 7;
-  static MXMOE_INLINE __m512i decode(__m512i words, __m512i lowered) {
-    return _mm512_subs_epu16(look_up(words, kRaised << kExponentBit, 0), lowered);
-  }
-  // From scales that fold, for both words of a lane.
-  static MXMOE_INLINE __m512i lowered(__m512 scale) {
-    const __m512i exponents = _mm512_srli_epi32(_mm512_castps_si512(scale), 23);
-    const __m512i off = _mm512_sub_epi32(_mm512_set1_epi32(127 + kRaised), exponents);
-    return _mm512_mullo_epi32(off, _mm512_set1_epi32(0x10001 << kExponentBit));
-  }
-  // A product, and what sums of products leave when they cancel, is a multiple of 2^-7 of the smallest activation and
-  // of half the smallest scale, 2^-108 or more: all are normal numbers, so that it is the same whether they or their
-  // sum are scaled.
-  static bool folds(const ScaleRange& weights, const ScaleRange& activations) {
-    return exponent_of(weights.lowest) >= 127 - 20 && exponent_of(weights.highest) <= 127 + 20 &&
-           exponent_of(activations.lowest) >= 127 - 80 && exponent_of(activations.highest) <= 127 + 60;
-  }
-  template <int v, class Load>
-  static MXMOE_INLINE __m512i words(const Load& dword) {
-    return v % 4 == 0 ? dword(v / 4) : _mm512_srli_epi16(dword(v / 4), 4 * (v % 4));
-  }
-  template <int v, class Load>
-  static MXMOE_INLINE __m512i vector(const Load& dword) {
-    return decode(words<v>(dword));
-  }
-  template <int v, class Load>
-  static MXMOE_INLINE __m512i vector(const Load& dword, __m512i lowered) {
-    return decode(words<v>(dword), lowered);
-  }
-  static __m512 scale(const char* p) { return packed_e8m0_scale(p); }
-  static void unpack(const StoredPanel& panel, int64_t block, int64_t, uint8_t* out, int stride) {
-    const __m512i high_nibble = _mm512_set1_epi32(0x00040000);  // shift counts of a lane's two words
-    const __m512i spread = _mm512_broadcast_i32x4(              // the lowest byte of a lane into both its words
-        _mm_setr_epi8(0, -128, 0, -128, 4, -128, 4, -128, 8, -128, 8, -128, 12, -128, 12, -128));
-    const Dwords codes = gather_dwords(panel, block * kMxBlockBytes);
-    for (int i = 0; i < 4; ++i) {
-      for (int byte = 0; byte < 4; ++byte) {
-        const __m512i from = _mm512_add_epi32(spread, _mm512_set1_epi32(byte * 0x00010001));
-        const __m512i words = _mm512_srlv_epi16(_mm512_shuffle_epi8(codes.dword[i], from), high_nibble);
-        put(out + (4 * i + byte) * stride, decode(words));
-      }
-    }
-  }
-  static void unpack_scales(const StoredPanel& panel, int64_t first, int count, float* out, int stride) {
-    stored_e8m0_scales(panel, first, count, out, stride);
-  }
-};
-
-struct PanelBf16I8 {
-  static constexpr bool kInteger = false, kScaled = true, kDecoded = true, kPowers = false;
-  static constexpr int kGroup = 8, kVectors = 16, kChunk = 8, kPackedBytes = kPackedInt8Bytes;
-  // Byte `kByte` of every lane as float32: exact in its upper half, which is the bfloat16.
-  template <int kByte>
-  static MXMOE_INLINE __m512i as_float(__m512i codes) {
-    const __m512i value = _mm512_srai_epi32(_mm512_slli_epi32(codes, 24 - 8 * kByte), 24);
-    return _mm512_castps_si512(_mm512_cvtepi32_ps(value));
-  }
-  template <int kPair>
-  static MXMOE_INLINE __m512i decode(__m512i codes) {
-    return _mm512_or_si512(_mm512_srli_epi32(as_float<2 * kPair>(codes), 16), as_float<2 * kPair + 1>(codes));
-  }
-  template <int v, class Load>
-  static MXMOE_INLINE __m512i vector(const Load& dword) {
-    return decode<v % 2>(_mm512_xor_si512(dword(v / 2), _mm512_set1_epi8(-128)));
-  }
-  static __m512 scale(const char* p) { return packed_bf16_scale(p); }
-  static void unpack(const StoredPanel& panel, int64_t block, int64_t, uint8_t* out, int stride) {
-    for (int half = 0; half < 2; ++half) {
-      const Dwords codes = gather_dwords(panel, block * kMxBlock + 16 * half);
-      for (int i = 0; i < 4; ++i) {
-        put(out + (8 * half + 2 * i) * stride, decode<0>(codes.dword[i]));
-        put(out + (8 * half + 2 * i + 1) * stride, decode<1>(codes.dword[i]));
-      }
-    }
-  }
-  static void unpack_scales(const StoredPanel& panel, int64_t first, int count, float* out, int stride) {
-    stored_bf16_scales(panel, first, count, out, stride);
-  }
-};
-
-struct PanelBf16Bf16 {
-  static constexpr bool kInteger = false, kScaled = false, kDecoded = false, kPowers = false;
-  static constexpr int kGroup = 8, kVectors = 16, kChunk = 8, kPackedBytes = kPackedBf16Bytes;
-  template <int v, class Load>
-  static MXMOE_INLINE __m512i vector(const Load& dword) {
-    return dword(v);
-  }
-  static __m512 scale(const char*) { return _mm512_setzero_ps(); }
-  static void unpack(const StoredPanel& panel, int64_t block, int64_t k, uint8_t* out, int stride) {
-    for (int quarter = 0; quarter < 4; ++quarter) {
-      const int64_t at = block * kMxBlock + 8 * quarter;
-      // The activations are padded with zeros, the weights are not.
-      const Dwords pairs = gather_dwords(panel, 2 * (at < k ? at : 0), 2 * (k - at));
-      for (int i = 0; i < 4; ++i) put(out + (4 * quarter + i) * stride, pairs.dword[i]);
-    }
-  }
-  static void unpack_scales(const StoredPanel&, int64_t, int, float*, int) {}
-};
+// add_scaled() adds a block's products to a sum, both scaled.
 
 // --- where a product finds the blocks of one or two panels ---
 
@@ -405,13 +254,6 @@ inline __m512i broadcast_dword(const void* p) {
   return _mm512_set1_epi32(x);
 }
 
-// What int8 activations of a block have beside their codes.
-struct BlockMeta {
-  float scale;
-  int32_t start;  // -raise * sum of the codes: takes the raise of the weights off again
-};
-static_assert(sizeof(BlockMeta) == sizeof(ScaleRange), "a row's range stands in a block's place");
-
 template <class F, int P, int M, int v, class Source>
 MXMOE_INLINE void multiply_vector(Source& source, int block, const char* const (&x)[M], __m512i (&dot)[M][P]) {
   __m512i y[P];
@@ -419,14 +261,7 @@ MXMOE_INLINE void multiply_vector(Source& source, int block, const char* const (
   for (int p = 0; p < P; ++p) y[p] = source.template vector<v>(block, p);
   for (int m = 0; m < M; ++m) {
     const __m512i codes = broadcast_dword(x[m] + (block * F::kVectors + v) * 4);
-    for (int p = 0; p < P; ++p) {
-      if constexpr (F::kInteger) {
-        dot[m][p] = _mm512_dpbusd_epi32(dot[m][p], y[p], codes);
-      } else {
-        dot[m][p] =
-            _mm512_castps_si512(_mm512_dpbf16_ps(_mm512_castsi512_ps(dot[m][p]), (__m512bh)y[p], (__m512bh)codes));
-      }
-    }
+    for (int p = 0; p < P; ++p) dot[m][p] = F::product(dot[m][p], y[p], codes);
   }
 }
 
@@ -434,14 +269,6 @@ template <class F, int P, int M, class Source, int... v>
 MXMOE_INLINE void multiply_block(Source& source, int block, const char* const (&x)[M], __m512i (&dot)[M][P],
                                  std::integer_sequence<int, v...>) {
   (multiply_vector<F, P, M, v>(source, block, x, dot), ...);
-}
-
-// A block's scale of the weights times that of the activations.
-template <bool kFold>
-MXMOE_INLINE __m512 both_scales(__m512 weights, const float& activations) {
-  if (!kFold) return _mm512_mul_ps(weights, _mm512_set1_ps(activations));
-  const __m512i exponents = _mm512_sub_epi32(_mm512_castps_si512(weights), _mm512_set1_epi32(0x3f800000));
-  return _mm512_castsi512_ps(_mm512_add_epi32(exponents, broadcast_dword(&activations)));
 }
 
 // With more tokens than this the sums find no room in registers beside a block's products.
@@ -480,8 +307,7 @@ inline void multiply(const Source& from, const PreparedRows& a, const int64_t* r
         float* at = acc + m * kTileRows + p * kPanelRows;
         if (!kHeld<M>) sum[m][p] = _mm512_load_ps(at);
         if constexpr (F::kInteger) {
-          const __m512 both = both_scales<kFold>(scale, meta[m][b].scale);
-          sum[m][p] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(dot[m][p]), both, sum[m][p]);
+          sum[m][p] = F::template add_scaled<kFold>(sum[m][p], dot[m][p], scale, meta[m][b].scale);
         } else if constexpr (kScale) {
           sum[m][p] = _mm512_fmadd_ps(_mm512_castsi512_ps(dot[m][p]), scale, sum[m][p]);
         } else {
@@ -688,59 +514,4 @@ inline void fetch_bias(const float* bias_f32, const bf16* bias_bf16, int64_t beg
   };
   if (bias_f32 != nullptr) fetch(bias_f32 + begin, (end - begin) * 4);
   if (bias_bf16 != nullptr) fetch(bias_bf16 + begin, (end - begin) * 2);
-}
-
-// --- activations ---
-
-// The order in which an int8 product wants the activations of each eight values of K.
-enum class CodeOrder { kPlain, kStored, kPacked };
-
-inline __m256i code_order(CodeOrder order) {
-  const __m128i stored = _mm_setr_epi8(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
-  const __m128i packed = _mm_setr_epi8(0, 4, 1, 5, 2, 6, 3, 7, 8, 12, 9, 13, 10, 14, 11, 15);
-  return _mm256_broadcastsi128_si256(order == CodeOrder::kStored ? stored : packed);
-}
-
-// int8 codes per block of 32 as in prepare_i8, with their BlockMeta. Weights are raised by kRaise; kUnit is what
-// an integer of theirs is worth.
-template <int kRaise, CodeOrder kOrder, typename X>
-inline void prepare_panel_i8(const X* x, int64_t k, const PreparedRows& to, int64_t row) {
-  constexpr float kUnit = kOrder == CodeOrder::kPlain ? 1.0f : 0.5f;
-  int8_t* codes = static_cast<int8_t*>(to.values) + row * to.value_stride;
-  BlockMeta* meta = reinterpret_cast<BlockMeta*>(to.scales + row * to.block_stride);
-  ScaleRange range = kNoScales;
-  for (int64_t b = 0; b < k / kMxBlock; ++b) {
-    __m256i* at = reinterpret_cast<__m256i*>(codes + b * kMxBlock);
-    const float scale = kUnit * quantize_block_i8(x + b * kMxBlock, codes + b * kMxBlock);
-    meta[b].scale = scale == 0.0f ? 1.0f : scale;  // nothing but zeros: any scale will do, a normal one does best
-    int32_t bits;
-    std::memcpy(&bits, &meta[b].scale, sizeof bits);
-    range.lowest = bits < range.lowest ? bits : range.lowest;
-    range.highest = bits > range.highest ? bits : range.highest;
-    const __m256i block = _mm256_loadu_si256(at);
-    const __m256i raised =
-        _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(static_cast<char>(kRaise)), block);
-    __m128i sum = _mm_add_epi32(_mm256_castsi256_si128(raised), _mm256_extracti128_si256(raised, 1));
-    sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0x4e));
-    sum = _mm_add_epi32(sum, _mm_shuffle_epi32(sum, 0xb1));
-    meta[b].start = -_mm_cvtsi128_si32(sum);
-    if (kOrder != CodeOrder::kPlain) _mm256_storeu_si256(at, _mm256_shuffle_epi8(block, code_order(kOrder)));
-  }
-  *row_range(to, row) = range;
-}
-
-template <typename X>
-inline void prepare_panel_bf16(const X* x, int64_t k, const PreparedRows& to, int64_t row) {
-  prepare_bf16(x, k, to, row);
-  const char* values = static_cast<const char*>(to.values) + row * to.value_stride;
-  __m512i lowest = _mm512_set1_epi16(0x7fff), highest = _mm512_setzero_si512();
-  for (int64_t i = 0; i < to.value_stride; i += 64) {  // zeros past k
-    const __m512i size = _mm512_and_si512(_mm512_loadu_si512(values + i), _mm512_set1_epi16(0x7fff));
-    lowest = _mm512_mask_min_epu16(lowest, _mm512_test_epi16_mask(size, size), lowest, size);
-    highest = _mm512_max_epu16(highest, size);
-  }
-  const __m512i top = _mm512_set1_epi32(-65536);
-  const __m512i least = _mm512_min_epi32(_mm512_slli_epi32(lowest, 16), _mm512_and_si512(lowest, top));
-  const __m512i most = _mm512_max_epi32(_mm512_slli_epi32(highest, 16), _mm512_and_si512(highest, top));
-  *row_range(to, row) = {_mm512_reduce_min_epi32(least), _mm512_reduce_max_epi32(most)};
 }

@@ -5,12 +5,6 @@
 
 constexpr int kGroup = 4;  // tokens that share the decoded weights
 
-// What activations of a block have beside their codes.
-struct BlockMeta {
-  float scale;
-  int32_t start;  // -raise * sum of the codes: takes the raise of the weights off again
-};
-
 template <class F>
 struct ByteProduct {
   static constexpr int kPanels = 1;
@@ -204,4 +198,3 @@ inline void prepare_panel(const X* x, int64_t k, const PreparedRows& to, int64_t
 }
 template <class F>
 constexpr PrepareFn kPreparePanel = {prepare_panel<F, float>, prepare_panel<F, bf16>};
-constexpr int kMetaFloats = sizeof(BlockMeta) / sizeof(float);

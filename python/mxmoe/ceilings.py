@@ -41,8 +41,9 @@ class Ceilings:
     int8_gop_s : float
         Products and sums of bytes, in 1e9 a second: vpdpbusd, or pmaddubsw with its additions where that is missing.
     bf16_gflop_s : float
-        Products and sums of bfloat16 pairs: vdpbf16ps. Where it is missing, or slower, as on Intel's CPUs, the figure
-        is float32's, which is then how matrix products of bfloat16 are computed.
+        Products and sums of bfloat16 pairs: vdpbf16ps. Where it is missing, or slow, as on Intel's CPUs, those of
+        16-bit integers, which weights of fewer bits then meet: vpdpwssd, or pmaddwd and an addition. Weights in
+        bfloat16 meet float32 there.
     float32_gflop_s : float
         Fused multiply-add of float32, or multiplication and addition in portable code.
     """

@@ -27,10 +27,13 @@ Dispatch<Peak> int8_table("ceilings_int8", {MXMOE_X86({"peak_int8_avx512vnni", k
                                                       {"peak_int8_avxvnni", kAvx2 | kAvxVnni, &peak_int8_avxvnni},
                                                       {"peak_int8_avx2", kAvx2, &peak_int8_avx2}){
                                                "peak_int8_scalar", 0, &peak_int8_scalar}});
-Dispatch<Peak> bf16_table("ceilings_bf16", {MXMOE_X86({"peak_bf16_avx512bf16", kAvx512Bf16Dot, &peak_bf16_avx512bf16},
-                                                      {"peak_bf16_as_float32_avx512", kAvx512, &peak_float32_avx512},
-                                                      {"peak_bf16_as_float32_avx2", kAvx2, &peak_float32_avx2}){
-                                               "peak_bf16_as_float32_scalar", 0, &peak_float32_scalar}});
+Dispatch<Peak> bf16_table("ceilings_bf16",
+                          {MXMOE_X86({"peak_bf16_avx512bf16", kAvx512Bf16Dot, &peak_bf16_avx512bf16},
+                                     {"peak_bf16_as_int16_avx512vnni", kAvx512VnniDot, &peak_int16_avx512vnni},
+                                     {"peak_bf16_as_int16_avx512", kAvx512, &peak_int16_avx512},
+                                     {"peak_bf16_as_int16_avxvnni", kAvx2 | kAvxVnni, &peak_int16_avxvnni},
+                                     {"peak_bf16_as_int16_avx2", kAvx2, &peak_int16_avx2}){
+                              "peak_bf16_as_float32_scalar", 0, &peak_float32_scalar}});
 Dispatch<Peak> float32_table("ceilings_float32", {MXMOE_X86({"peak_float32_avx512", kAvx512, &peak_float32_avx512},
                                                             {"peak_float32_avx2", kAvx2, &peak_float32_avx2}){
                                                      "peak_float32_scalar", 0, &peak_float32_scalar}});

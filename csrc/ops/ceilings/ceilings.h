@@ -2,8 +2,9 @@
 // Computes: what this machine can do at most on the current threads, to measure the ops against: how fast memory
 //           is read, and how fast the dot-product instruction of each activation format runs.
 // Shapes:   read: a buffer of num_bytes, all of it, once a call. Arithmetic: kItems items of `rounds` rounds.
-// Dtypes:   int8: unsigned by signed bytes, int32 sums. bf16: pairs of bfloat16, float32 sums, and where there is
-//           no such instruction the float32 one in its place. float32: fused multiply and add.
+// Dtypes:   int8: unsigned by signed bytes, int32 sums. bf16: pairs of bfloat16, float32 sums, and where that is slow
+//           or missing what is in its place: pairs of 16-bit integers, int32 sums (see simd/prepare_int16.inl), or
+//           float32. float32: fused multiply and add.
 // Layout:   the buffer lies on 2 MiB pages where the system gives them.
 // Units:    seconds by the steady clock; an operation is one multiplication or one addition.
 // Requires: num_bytes >= kMinReadBytes; rounds >= 1.
@@ -58,6 +59,7 @@ struct PeakKernel {
 };
 extern const PeakKernel peak_int8_scalar, peak_int8_avx2, peak_int8_avxvnni, peak_int8_avx512, peak_int8_avx512vnni;
 extern const PeakKernel peak_float32_scalar, peak_float32_avx2, peak_float32_avx512;
+extern const PeakKernel peak_int16_avx2, peak_int16_avxvnni, peak_int16_avx512, peak_int16_avx512vnni;
 extern const PeakKernel peak_bf16_avx512bf16;
 
 }  // namespace mxmoe

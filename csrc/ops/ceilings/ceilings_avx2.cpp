@@ -27,6 +27,19 @@ float int8_rounds(int64_t rounds) {
   return static_cast<float>(_mm256_extract_epi32(sum, 0) ^ _mm256_extract_epi32(sum, 7));
 }
 
+// Bfloat16 as integers of 16 bits.
+float int16_rounds(int64_t rounds) {
+  const __m256i weights = _mm256_set1_epi16(3);
+  __m256i acc[kChains];
+  for (int i = 0; i < kChains; ++i) acc[i] = _mm256_set1_epi32(i);
+  for (int64_t r = 0; r < rounds; ++r) {
+    for (int i = 0; i < kChains; ++i) acc[i] = _mm256_add_epi32(acc[i], _mm256_madd_epi16(weights, acc[i]));
+  }
+  __m256i sum = acc[0];
+  for (int i = 1; i < kChains; ++i) sum = _mm256_xor_si256(sum, acc[i]);
+  return static_cast<float>(_mm256_extract_epi32(sum, 0) ^ _mm256_extract_epi32(sum, 7));
+}
+
 float float32_rounds(int64_t rounds) {
   const __m256 half = _mm256_set1_ps(0.5f), one = _mm256_set1_ps(1.0f);
   __m256 acc[kChains];
@@ -61,6 +74,7 @@ uint64_t read_avx2(const char* p, int64_t n) {
 // An instruction of 32 byte products and as many additions.
 const PeakKernel peak_int8_avx2 = {2 * 32 * kChains, int8_rounds};
 const PeakKernel peak_float32_avx2 = {2 * 8 * kChains, float32_rounds};
+const PeakKernel peak_int16_avx2 = {2 * 16 * kChains, int16_rounds};
 
 }  // namespace mxmoe
 #include "core/target_end.h"

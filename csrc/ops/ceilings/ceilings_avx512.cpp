@@ -25,6 +25,19 @@ float int8_rounds(int64_t rounds) {
   return static_cast<float>(_mm512_reduce_add_epi32(sum));
 }
 
+// Bfloat16 as integers of 16 bits.
+float int16_rounds(int64_t rounds) {
+  const __m512i weights = _mm512_set1_epi16(3);
+  __m512i acc[kChains];
+  for (int i = 0; i < kChains; ++i) acc[i] = _mm512_set1_epi32(i);
+  for (int64_t r = 0; r < rounds; ++r) {
+    for (int i = 0; i < kChains; ++i) acc[i] = _mm512_add_epi32(acc[i], _mm512_madd_epi16(weights, acc[i]));
+  }
+  __m512i sum = acc[0];
+  for (int i = 1; i < kChains; ++i) sum = _mm512_xor_si512(sum, acc[i]);
+  return static_cast<float>(_mm512_reduce_add_epi32(sum));
+}
+
 float float32_rounds(int64_t rounds) {
   const __m512 half = _mm512_set1_ps(0.5f), one = _mm512_set1_ps(1.0f);
   __m512 acc[kChains];
@@ -55,6 +68,7 @@ uint64_t read_avx512(const char* p, int64_t n) {
 // An instruction of 64 byte products and as many additions.
 const PeakKernel peak_int8_avx512 = {2 * 64 * kChains, int8_rounds};
 const PeakKernel peak_float32_avx512 = {2 * 16 * kChains, float32_rounds};
+const PeakKernel peak_int16_avx512 = {2 * 32 * kChains, int16_rounds};
 
 }  // namespace mxmoe
 #include "core/target_end.h"

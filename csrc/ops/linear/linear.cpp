@@ -26,7 +26,9 @@ Dispatch<Fn> f32_int8("linear_f32_int8", {MXMOE_X86({"linear_f32_int8_avx512", k
                                              "linear_f32_int8_scalar", 0, &linear_scalar.f32_int8}});
 Dispatch<Fn> bf16_int8("linear_bf16_int8",
                        {MXMOE_X86({"linear_bf16_int8_avx512bf16", kAvx512Bf16Dot, &linear_bf16_int8_avx512x},
+                                  {"linear_bf16_int8_avx512vnni", kAvx512VnniDot, &linear_bf16_int8_avx512vnni},
                                   {"linear_bf16_int8_avx512", kAvx512, &linear_avx512.bf16_int8},
+                                  {"linear_bf16_int8_avxvnni", kAvx2 | kAvxVnni, &linear_bf16_int8_avxvnni},
                                   {"linear_bf16_int8_avx2", kAvx2, &linear_avx2.bf16_int8}){
                            "linear_bf16_int8_scalar", 0, &linear_scalar.bf16_int8}});
 Dispatch<Fn> int8_int8("linear_int8_int8",

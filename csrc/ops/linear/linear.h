@@ -7,9 +7,11 @@
 // Dtypes:   x float32 or bfloat16; weight bfloat16, or int8 (packed: uint8) with bfloat16 scales per block of 32;
 //           bias bfloat16 or float32; residual, y float32. Rounding happens once to x, as `activations` says:
 //           float32 none, bf16 to bfloat16, int8 to 127 steps of each block's largest magnitude (int8 with
-//           bf16 weights rounds to bfloat16: there is no integer dot to win). Weights enter exactly (but for
-//           subnormal bfloat16, which AVX-512's bf16 dot products count as zero); sums are float32, a block's
-//           integer products exact.
+//           bf16 weights rounds to bfloat16: there is no integer dot to win). Where the CPU has no fast bf16 dot
+//           products, bf16 meets int8 and MXFP4 weights as 16-bit integers: of each block of 32, what is below a
+//           128th of the power of two in its largest magnitude is rounded to 2^-14 of that power, in addition.
+//           Weights enter exactly (but for subnormal bfloat16, which AVX-512's bf16 dot products count as zero); sums
+//           are float32, a block's integer products exact.
 // Layout:   rows contiguous; x, residual, y and stored weight and scales may have a row stride, packed ones any
 //           strides but for the last axis.
 // Requires: in_features >= 1; a multiple of 32 when weight is int8.
@@ -72,6 +74,7 @@ struct LinearKernels {
 };
 extern const LinearKernels linear_scalar, linear_avx2, linear_avx512;
 extern const LinearKernel linear_int8_int8_avxvnni, linear_int8_int8_avx512vnni;
+extern const LinearKernel linear_bf16_int8_avxvnni, linear_bf16_int8_avx512vnni;
 extern const LinearKernel linear_bf16_bf16_avx512x, linear_bf16_int8_avx512x;  // with BF16 dot products
 
 namespace cuda {

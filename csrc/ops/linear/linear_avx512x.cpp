@@ -13,6 +13,7 @@ namespace avx512x {
 namespace {
 #include "simd/prepare.inl"
 #include "simd/panels_avx512x.inl"
+#include "simd/panels_avx512x_bf16.inl"
 #include "ops/linear/linear_avx512_tile.inl"
 
 constexpr PrepareFn kBf16 = {prepare_bf16<float>, prepare_bf16<bf16>};

@@ -17,7 +17,9 @@ Dispatch<Fn> with_f32("mxfp4_moe_f32", {MXMOE_X86({"mxfp4_moe_f32_mxfp4_avx512",
                                            "mxfp4_moe_f32_mxfp4_scalar", 0, &mxfp4_moe_scalar.f32}});
 Dispatch<Fn> with_bf16("mxfp4_moe_bf16",
                        {MXMOE_X86({"mxfp4_moe_bf16_mxfp4_avx512bf16", kAvx512Bf16Dot, &mxfp4_moe_bf16_avx512x},
+                                  {"mxfp4_moe_bf16_mxfp4_avx512vnni", kAvx512VnniDot, &mxfp4_moe_bf16_avx512vnni},
                                   {"mxfp4_moe_bf16_mxfp4_avx512", kAvx512, &mxfp4_moe_avx512.bf16},
+                                  {"mxfp4_moe_bf16_mxfp4_avxvnni", kAvx2 | kAvxVnni, &mxfp4_moe_bf16_avxvnni},
                                   {"mxfp4_moe_bf16_mxfp4_avx2", kAvx2, &mxfp4_moe_avx2.bf16}){
                            "mxfp4_moe_bf16_mxfp4_scalar", 0, &mxfp4_moe_scalar.bf16}});
 Dispatch<Fn> with_int8("mxfp4_moe_int8",

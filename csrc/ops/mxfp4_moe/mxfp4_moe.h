@@ -82,6 +82,7 @@ struct MoeKernels {
 };
 extern const MoeKernels mxfp4_moe_scalar, mxfp4_moe_avx2, mxfp4_moe_avx512;
 extern const MoeKernel mxfp4_moe_int8_avxvnni, mxfp4_moe_int8_avx512vnni;
+extern const MoeKernel mxfp4_moe_bf16_avxvnni, mxfp4_moe_bf16_avx512vnni;
 extern const MoeKernel mxfp4_moe_bf16_avx512x;  // with BF16 dot products
 
 // y[i] = residual[i] + sum_c weights[c] * rows[c][i]; a null row is skipped, a null residual counts as zero.

@@ -14,6 +14,7 @@ namespace {
 #include "simd/math.inl"
 #include "simd/prepare.inl"
 #include "simd/panels_avx512x.inl"
+#include "simd/panels_avx512x_bf16.inl"
 #include "ops/mxfp4_moe/swiglu.inl"
 #include "ops/mxfp4_moe/mxfp4_moe_avx512_tiles.inl"
 

@@ -3,9 +3,11 @@
 
 #include "ops/mxfp4_moe/mxfp4_moe_panels.inl"
 #include "simd/panels_bytes.inl"
+#include "simd/panels_decoded.inl"
 #include "simd/panels_floats.inl"
+#include "simd/prepare_int16.inl"
+#include "simd/panels_words.inl"
 
-// Without bf16 dot products the values are bf16 held in float32.
 constexpr MoeKernels kMoeWithPanels = {by_panels<FloatsMxfp4>(kPrepareF32, 4, 0),
-                                       by_panels<FloatsMxfp4>(kPrepareBf16, 4, 0),
+                                       by_panels<WordsMxfp4>(kPreparePanelI16<WordsMxfp4>, 2, kMetaFloats),
                                        by_panels<BytesMxfp4>(kPreparePanel<BytesMxfp4>, 1, kMetaFloats)};

@@ -20,7 +20,9 @@
  * Memory     Working memory is kept for each calling thread and grows to what its largest call needed.
  * Rounding   `activations` says what activations are rounded to as they meet the weights: FLOAT32 nothing; BF16
  *            bfloat16; INT8 127 steps of the largest magnitude of each block of 32. Weights enter exactly, sums are
- *            float32. Conversions to bfloat16 round to nearest, ties to even.
+ *            float32. Conversions to bfloat16 round to nearest, ties to even. On CPUs without fast bfloat16 dot
+ *            products BF16 meets MXFP4 and int8 weights as 16-bit integers: what is below a 128th of the power of two
+ *            in its block's largest magnitude is rounded to 2^-14 of that power, in addition.
  */
 #ifndef MXMOE_H
 #define MXMOE_H
