@@ -86,10 +86,11 @@ def bf16_as_integers() -> bool:
 
 
 def round_bf16_to_integers(x: NDArray[Any]) -> NDArray[np.float64]:
-    """Round to bfloat16, then to 2^-14 of the power of two in each block's largest magnitude."""
+    """Round to bfloat16, then to 2^-14 of the power of two in each block's largest magnitude, or of the next one."""
     rounded = wide(x.astype(BF16))
     blocks = rounded.reshape(*x.shape[:-1], x.shape[-1] // BLOCK, BLOCK)
-    _, exponent = np.frexp(np.abs(blocks).max(axis=-1, keepdims=True))  # amax is in [2^(exponent - 1), 2^exponent)
+    amax = np.abs(blocks).max(axis=-1, keepdims=True)
+    _, exponent = np.frexp(amax * (1 + 2**-7))  # the next one from 255/256 of it on; [2^(exponent - 1), 2^exponent)
     step = np.ldexp(1.0, np.maximum(exponent - 1, 32 - 127) - 14)
     return (np.rint(blocks / step) * step).reshape(x.shape)
 

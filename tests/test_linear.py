@@ -219,8 +219,28 @@ def test_bf16_keeps_eight_bits_of_all_that_counts(isa, num_tokens, x_dtype):
     assert_exact(got + 0.0, want + 0.0)  # sums have no -0
     blocks, rounded = wide(got).reshape(-1, BLOCK), wide(x.astype(BF16)).reshape(-1, BLOCK)
     largest = np.abs(rounded).max(axis=1, keepdims=True)
-    assert (blocks == rounded)[np.abs(rounded) >= largest / 128].all()
-    assert (np.abs(blocks - rounded) <= largest * 2.0**-15).all()
+    power = 2.0 ** np.floor(np.log2(largest * (1 + 2**-7)))  # the next one from all ones on
+    assert (blocks == rounded)[np.abs(rounded) >= power / 128].all()
+    assert (np.abs(blocks - rounded) <= power * 2.0**-15).all()
+
+
+@pytest.mark.parametrize("num_tokens", [1, 6, 7, 40])
+@pytest.mark.parametrize("packed", [False, True])
+def test_bf16_of_every_eight_bits(isa, num_tokens, packed):
+    """Largest magnitudes and others beside them, of either sign: none is cut off, whatever it is split in."""
+    bits = np.concatenate([np.arange(128, 256), -np.arange(128, 256)]).astype(np.float32)
+    largest, other = bits, bits[::-1] * 2.0 ** -(np.arange(len(bits)) % 7)
+    x = np.zeros((len(bits), BLOCK), np.float32)
+    x[:, 3], x[:, 5], x[:, 12], x[:, 30] = largest, -largest, other, largest * 2.0**-6
+    x = np.resize(
+        x.reshape(-1, 8 * BLOCK), (num_tokens * -(-32 // num_tokens), 8 * BLOCK)
+    )  # each value meets its token
+    weight, scales = np.eye(x.shape[1], dtype=np.int8), np.ones((x.shape[1], x.shape[1] // BLOCK), BF16)
+    if packed:
+        weight, scales = packing.pack_linear(weight, scales)
+    for rows in np.split(x, len(x) // num_tokens):
+        got = ops.linear(rows, weight, scales=scales, activations="bf16")
+        assert_exact(got + 0.0, rows + 0.0)
 
 
 @pytest.mark.parametrize("num_tokens", [1, 5, 40])

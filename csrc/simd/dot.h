@@ -19,6 +19,7 @@ struct PreparedRows {
   float* scales;
   int64_t value_stride;  // bytes from row to row
   int64_t block_stride;  // floats from row to row, of scales
+  int64_t second;        // bytes from a row's values to their second form, of as many bytes, where there is one
 };
 
 // What integer activations of a block have beside their codes, where weights are multiplied by panels.

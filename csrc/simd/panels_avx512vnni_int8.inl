@@ -9,7 +9,8 @@ MXMOE_INLINE __m512 both_scales(__m512 weights, const float& activations) {
   return _mm512_castsi512_ps(_mm512_add_epi32(exponents, broadcast_dword(&activations)));
 }
 
-struct ByteDots {
+struct ByteDots : DwordTokens {
+  static MXMOE_INLINE __m512i start(const BlockMeta* block) { return _mm512_set1_epi32(block->start); }
   static MXMOE_INLINE __m512i product(__m512i sum, __m512i weights, __m512i codes) {
     return _mm512_dpbusd_epi32(sum, weights, codes);
   }
@@ -21,6 +22,7 @@ struct ByteDots {
 
 // Codes raised by 12 to be unsigned, and doubled to be integers: the activations' scales are halved for it.
 struct PanelI8Mxfp4 : ByteDots {
+  using Few = PanelI8Mxfp4;
   static constexpr bool kInteger = true, kScaled = true, kDecoded = true, kPowers = true;
   static constexpr int kGroup = 6, kVectors = 8, kChunk = 16, kPackedBytes = kPackedMxfp4Bytes;
   static MXMOE_INLINE __m512i decode(__m512i codes) {
@@ -58,6 +60,7 @@ struct PanelI8Mxfp4 : ByteDots {
 
 // Codes raised by 128.
 struct PanelI8I8 : ByteDots {
+  using Few = PanelI8I8;
   static constexpr bool kInteger = true, kScaled = true, kDecoded = false, kPowers = false;
   static constexpr int kGroup = 6, kVectors = 8, kChunk = 16, kPackedBytes = kPackedInt8Bytes;
   template <int v, class Load>

@@ -131,13 +131,32 @@ inline ScaleRange* row_range(const PreparedRows& a, int64_t row) {
 }
 
 // --- formats ---
+
+inline __m512i broadcast_dword(const void* p) {
+  int32_t x;
+  std::memcpy(&x, p, sizeof x);
+  return _mm512_set1_epi32(x);
+}
+
+// Activations of which each vector of weights meets one dword.
+struct DwordTokens {
+  using Dot = __m512i;
+  static constexpr int kTokenBytes = 4;
+  static const char* row(const PreparedRows& a, int64_t row) {
+    return static_cast<const char*>(a.values) + row * a.value_stride;
+  }
+  static MXMOE_INLINE __m512i token(const char* p) { return broadcast_dword(p); }
+};
+
 // A format is a class of static members:
 // kInteger: sums are integers, and activations have a scale a block (BlockMeta). kScaled: weights have one.
 // kPowers: the scales of the weights are powers of two. Where folds() says that nothing can overflow or vanish, their
 // exponents are added instead of multiplying sums by them: to the activations' scales in an int8 product, to the
 // weights themselves, as they are decoded for many tokens, in one of bfloat16. The bits are the same.
 // kGroup: how many tokens are worked on at a time, with two panels. kDecoded: for many, vectors are kept in a chunk.
-// kVectors vectors make a block of a panel; a lane has some values of K, of which product() adds up the products.
+// kVectors vectors make a block of a panel; a lane has some values of K, of which product() adds up the products with
+// what token() has of the activations, in a Dot that begins as start() has it.
+// Few: the format that a few tokens take, of the same bits, from the same prepared rows.
 // vector<v>(dwords) makes the v-th from the packed dwords of the block; unpack() writes all of a stored block.
 // add_scaled() adds a block's products to a sum, both scaled.
 
@@ -248,25 +267,20 @@ struct DecodingSource {
 
 // --- blocks times a few tokens ---
 
-inline __m512i broadcast_dword(const void* p) {
-  int32_t x;
-  std::memcpy(&x, p, sizeof x);
-  return _mm512_set1_epi32(x);
-}
-
 template <class F, int P, int M, int v, class Source>
-MXMOE_INLINE void multiply_vector(Source& source, int block, const char* const (&x)[M], __m512i (&dot)[M][P]) {
+MXMOE_INLINE void multiply_vector(Source& source, int block, const char* const (&x)[M],
+                                  typename F::Dot (&dot)[M][P]) {
   __m512i y[P];
   source.template fetch<v>(block);
   for (int p = 0; p < P; ++p) y[p] = source.template vector<v>(block, p);
   for (int m = 0; m < M; ++m) {
-    const __m512i codes = broadcast_dword(x[m] + (block * F::kVectors + v) * 4);
-    for (int p = 0; p < P; ++p) dot[m][p] = F::product(dot[m][p], y[p], codes);
+    const typename F::Dot token = F::token(x[m] + (block * F::kVectors + v) * F::kTokenBytes);
+    for (int p = 0; p < P; ++p) dot[m][p] = F::product(dot[m][p], y[p], token);
   }
 }
 
 template <class F, int P, int M, class Source, int... v>
-MXMOE_INLINE void multiply_block(Source& source, int block, const char* const (&x)[M], __m512i (&dot)[M][P],
+MXMOE_INLINE void multiply_block(Source& source, int block, const char* const (&x)[M], typename F::Dot (&dot)[M][P],
                                  std::integer_sequence<int, v...>) {
   (multiply_vector<F, P, M, v>(source, block, x, dot), ...);
 }
@@ -283,21 +297,15 @@ inline void multiply(const Source& from, const PreparedRows& a, const int64_t* r
   const BlockMeta* meta[M];
   __m512 sum[M][P];
   for (int m = 0; m < M; ++m) {
-    x[m] = static_cast<const char*>(a.values) + rows[m] * a.value_stride + first * F::kVectors * 4;
+    x[m] = F::row(a, rows[m]) + first * F::kVectors * F::kTokenBytes;
     meta[m] = reinterpret_cast<const BlockMeta*>(a.scales + rows[m] * a.block_stride) + first;
     for (int p = 0; p < P && kHeld<M>; ++p) sum[m][p] = _mm512_load_ps(acc + m * kTileRows + p * kPanelRows);
   }
   for (int b = 0; b < blocks; ++b) {
     source.begin(b);
-    __m512i dot[M][P];
+    typename F::Dot dot[M][P];
     for (int m = 0; m < M; ++m) {
-      for (int p = 0; p < P; ++p) {
-        if constexpr (F::kInteger) {
-          dot[m][p] = _mm512_set1_epi32(meta[m][b].start);
-        } else {
-          dot[m][p] = _mm512_setzero_si512();
-        }
-      }
+      for (int p = 0; p < P; ++p) dot[m][p] = F::start(meta[m] + b);
     }
     multiply_block<F, P, M>(source, b, x, dot, std::make_integer_sequence<int, F::kVectors>());
     for (int p = 0; p < P; ++p) {
@@ -441,9 +449,12 @@ struct PanelProduct {
   template <int P>
   void few(const int64_t* rows, int64_t count, int64_t n, float* acc) const {
     const int blocks = static_cast<int>((k + kMxBlock - 1) / kMxBlock);
+    using Few = typename F::Few;
+    const PanelProduct<Few> product{a, w, n_end, k};
     Ahead nothing{{nullptr, nullptr}, 0, 0, 0};
     for (int p = 0; p < P; ++p) {
-      multiply_rows<F, 1>(source<1>(n + p * kPanelRows, 0), a, rows, count, 0, blocks, nothing, acc + p * kPanelRows);
+      multiply_rows<Few, 1>(product.template source<1>(n + p * kPanelRows, 0), a, rows, count, 0, blocks, nothing,
+                            acc + p * kPanelRows);
     }
   }
 

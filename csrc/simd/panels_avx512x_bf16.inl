@@ -1,13 +1,15 @@
 // Products of bfloat16 activations by panels, with vdpbf16ps: two values of K a lane. Included after
 // panels_avx512x.inl.
 
-struct Bf16Dots {
+struct Bf16Dots : DwordTokens {
+  static MXMOE_INLINE __m512i start(const BlockMeta*) { return _mm512_setzero_si512(); }
   static MXMOE_INLINE __m512i product(__m512i sum, __m512i weights, __m512i values) {
     return _mm512_castps_si512(_mm512_dpbf16_ps(_mm512_castsi512_ps(sum), (__m512bh)weights, (__m512bh)values));
   }
 };
 
 struct PanelBf16Mxfp4 : Bf16Dots {
+  using Few = PanelBf16Mxfp4;
   static constexpr bool kInteger = false, kScaled = true, kDecoded = true, kPowers = true;
   static constexpr int kGroup = 8, kVectors = 16, kChunk = 8, kPackedBytes = kPackedMxfp4Bytes;
   // The permute looks at the low five bits of a word, the fifth of which is part of another code: the table of the
@@ -57,6 +59,7 @@ struct PanelBf16Mxfp4 : Bf16Dots {
 };
 
 struct PanelBf16I8 : Bf16Dots {
+  using Few = PanelBf16I8;
   static constexpr bool kInteger = false, kScaled = true, kDecoded = true, kPowers = false;
   static constexpr int kGroup = 8, kVectors = 16, kChunk = 8, kPackedBytes = kPackedInt8Bytes;
   // Byte `kByte` of every lane as float32: exact in its upper half, which is the bfloat16.
@@ -89,6 +92,7 @@ struct PanelBf16I8 : Bf16Dots {
 };
 
 struct PanelBf16Bf16 : Bf16Dots {
+  using Few = PanelBf16Bf16;
   static constexpr bool kInteger = false, kScaled = false, kDecoded = false, kPowers = false;
   static constexpr int kGroup = 8, kVectors = 16, kChunk = 8, kPackedBytes = kPackedBf16Bytes;
   template <int v, class Load>

@@ -2,12 +2,13 @@
 // Included inside a kernel's namespace and target region.
 
 // Rounds a block of 32 to bfloat16 and then to codes = round(x / scale), and returns the scale: 2^-14 of the power of
-// two in the block's largest magnitude. What is at least a 128th of that power keeps all eight bits; what is less is
-// off by half a scale at most, a 128th of what rounding the largest may have cost. A NaN or infinity makes the scale
-// NaN.
+// two in the block's largest magnitude, or of the next one if all eight bits of that are ones, so that codes are at
+// most 32512 and can be split in two signed bytes. What is at least a 128th of that power keeps all eight bits; what
+// is less is off by half a scale at most, a 128th of what rounding the largest may have cost. A NaN or infinity makes
+// the scale NaN.
 template <typename X>
 inline float quantize_block_i16(const X* x, int16_t* codes) {
-  constexpr uint32_t kExponent = 0x7f800000, kCodeBits = 14u << 23, kOne = 127u << 23;
+  constexpr uint32_t kExponent = 0x7f800000, kCodeBits = 14u << 23, kOne = 127u << 23, kLastBit = 1u << 16;
   // Blocks of less than 2^-95 count as if they reached it: scales and their reciprocals are normal numbers.
   constexpr uint32_t kSmallest = 32u << 23;
   f32v rounded[kMxBlock / kLanes], largest = zero(), poison = zero();
@@ -17,7 +18,7 @@ inline float quantize_block_i16(const X* x, int16_t* codes) {
     poison = fma(rounded[i], zero(), poison);
   }
   const float not_finite = reduce_add(poison);
-  const uint32_t found = bits_from_float(reduce_max(largest)) & kExponent;
+  const uint32_t found = (bits_from_float(reduce_max(largest)) + kLastBit) & kExponent;
   const uint32_t exponent = found < kSmallest ? kSmallest : found;
   const f32v inverse = set1(float_from_bits(2 * kOne + kCodeBits - exponent));
   for (int i = 0; i < kMxBlock / kLanes; ++i) {

@@ -363,7 +363,8 @@ def linear(
         What `x` is rounded to: nothing, bfloat16, or int8 with a float32 scale per block of 32 (bfloat16 when the
         weights are). Products with the weights are exact, sums float32. On CPUs without fast bfloat16 dot products,
         bfloat16 meets int8 and MXFP4 weights as 16-bit integers: what is below a 128th of the power of two in the
-        largest magnitude of its block of 32 is rounded to 2^-14 of that power, in addition.
+        largest magnitude of its block of 32 is rounded to 2^-14 of that power, in addition (of the next power where
+        that magnitude's eight bits are all ones).
     residual : array, shape (num_tokens, out_features), float32, optional
     out : array, shape (num_tokens, out_features), float32, optional
         May be `residual` itself.

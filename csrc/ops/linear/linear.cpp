@@ -91,7 +91,7 @@ struct Layer {
 
 PreparedRows prepare_rows(const Tensor& x, const LinearKernel& kernel, Scratch& scratch) {
   const int64_t num_tokens = x.shape[0], in_features = x.shape[1];
-  const PreparedRows rows = take_prepared(scratch, num_tokens, in_features, kernel.value_bytes, kernel.block_floats);
+  const PreparedRows rows = take_prepared(scratch, num_tokens, in_features, kernel);
   const auto prepare = [&](int64_t t) {
     if (x.dtype == DType::f32) {
       kernel.prepare.f32(x.as<float>() + t * x.stride[0], in_features, rows, t);
@@ -116,7 +116,7 @@ void run(const Tensor& x, const LinearWeights* layers, const std::vector<int64_t
   size_t bytes = 0;
   for (size_t i = 0; i < sizes.size(); ++i) {
     const LinearKernel& kernel = pick(activations, layers[i].weight.dtype);
-    bytes += prepared_bytes(num_tokens, in_features, kernel.value_bytes, kernel.block_floats);
+    bytes += prepared_bytes(num_tokens, in_features, kernel);
     all_rows += sizes[i];
   }
   if (num_tokens == 0 || all_rows == 0) return;

@@ -9,7 +9,8 @@
 //           float32 none, bf16 to bfloat16, int8 to 127 steps of each block's largest magnitude (int8 with
 //           bf16 weights rounds to bfloat16: there is no integer dot to win). Where the CPU has no fast bf16 dot
 //           products, bf16 meets int8 and MXFP4 weights as 16-bit integers: of each block of 32, what is below a
-//           128th of the power of two in its largest magnitude is rounded to 2^-14 of that power, in addition.
+//           128th of the power of two in its largest magnitude is rounded to 2^-14 of that power, in addition (of
+//           the next power where that magnitude's eight bits are all ones).
 //           Weights enter exactly (but for subnormal bfloat16, which AVX-512's bf16 dot products count as zero); sums
 //           are float32, a block's integer products exact.
 // Layout:   rows contiguous; x, residual, y and stored weight and scales may have a row stride, packed ones any
@@ -66,6 +67,7 @@ struct LinearKernel {
   int block_floats;  // what they carry beside the values of a block of 32
   int row_step;      // n_begin is a multiple of it
   void (*tile)(const LinearTile&);
+  int second_bytes = 0;  // of one prepared value in a second form, the same number if any
 };
 
 // <activation>_<weight>

@@ -127,16 +127,14 @@ void mxfp4_moe(const Tensor& x, const Tensor& topk_ids, const Tensor& topk_weigh
 
   const size_t hidden = checked_product("expert outputs", {pairs, s.hidden_size});
   const size_t inner = checked_product("expert activations", {pairs, s.intermediate_size});
-  Scratch scratch(prepared_bytes(s.num_tokens, s.hidden_size, kernel.value_bytes, kernel.block_floats) +
-                  prepared_bytes(pairs, s.intermediate_size, kernel.value_bytes, kernel.block_floats) +
-                  Scratch::bytes<float>(inner) + Scratch::bytes<float>(hidden) + 3 * Scratch::bytes<int64_t>(count) +
+  Scratch scratch(prepared_bytes(s.num_tokens, s.hidden_size, kernel) +
+                  prepared_bytes(pairs, s.intermediate_size, kernel) + Scratch::bytes<float>(inner) +
+                  Scratch::bytes<float>(hidden) + 3 * Scratch::bytes<int64_t>(count) +
                   Scratch::bytes<int32_t>(count) + Scratch::bytes<const float*>(count) +
                   Scratch::bytes<int32_t>(static_cast<size_t>(s.num_experts) + 1) +
                   Scratch::bytes<int32_t>(static_cast<size_t>(s.num_experts)));
-  const PreparedRows x_rows =
-      take_prepared(scratch, s.num_tokens, s.hidden_size, kernel.value_bytes, kernel.block_floats);
-  const PreparedRows a_rows =
-      take_prepared(scratch, pairs, s.intermediate_size, kernel.value_bytes, kernel.block_floats);
+  const PreparedRows x_rows = take_prepared(scratch, s.num_tokens, s.hidden_size, kernel);
+  const PreparedRows a_rows = take_prepared(scratch, pairs, s.intermediate_size, kernel);
   float* activated = scratch.take<float>(inner);
   float* down = scratch.take<float>(hidden);
   int64_t* token_of = scratch.take<int64_t>(count);   // by sorted pair

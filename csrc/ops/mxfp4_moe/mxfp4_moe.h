@@ -75,6 +75,7 @@ struct MoeKernel {
   int block_floats;                       // what they carry beside the values of a block of 32
   void (*gate_up)(const MoeTile&);
   void (*down)(const MoeTile&);
+  int second_bytes = 0;  // of one prepared value in a second form, the same number if any
 };
 
 struct MoeKernels {

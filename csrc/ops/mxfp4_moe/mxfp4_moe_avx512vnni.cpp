@@ -15,8 +15,8 @@ namespace {
 #include "simd/prepare.inl"
 #include "simd/panels_avx512x.inl"
 #include "simd/panels_avx512vnni_int8.inl"
-#include "simd/panels_avx512vnni_int16.inl"
 #include "simd/prepare_int16.inl"
+#include "simd/panels_avx512vnni_int16.inl"
 #include "ops/mxfp4_moe/swiglu.inl"
 #include "ops/mxfp4_moe/mxfp4_moe_avx512_tiles.inl"
 
@@ -31,12 +31,13 @@ const MoeKernel mxfp4_moe_int8_avx512vnni = {avx512vnni::kI8<avx512vnni::CodeOrd
                                              kMetaFloats,
                                              avx512vnni::moe_gate_up<avx512vnni::PanelI8Mxfp4>,
                                              avx512vnni::moe_down<avx512vnni::PanelI8Mxfp4>};
-const MoeKernel mxfp4_moe_bf16_avx512vnni = {avx512vnni::kPreparePanelI16<avx512vnni::PanelI16Mxfp4>,
-                                             avx512vnni::kPreparePanelI16<avx512vnni::PanelI16Mxfp4>,
+const MoeKernel mxfp4_moe_bf16_avx512vnni = {avx512vnni::kPrepareSplitI16<avx512vnni::PanelI16Mxfp4>,
+                                             avx512vnni::kPrepareSplitI16<avx512vnni::PanelI16Mxfp4>,
                                              2,
                                              kMetaFloats,
                                              avx512vnni::moe_gate_up<avx512vnni::PanelI16Mxfp4>,
-                                             avx512vnni::moe_down<avx512vnni::PanelI16Mxfp4>};
+                                             avx512vnni::moe_down<avx512vnni::PanelI16Mxfp4>,
+                                             2};
 
 }  // namespace mxmoe
 #include "core/target_end.h"

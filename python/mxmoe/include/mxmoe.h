@@ -22,7 +22,8 @@
  *            bfloat16; INT8 127 steps of the largest magnitude of each block of 32. Weights enter exactly, sums are
  *            float32. Conversions to bfloat16 round to nearest, ties to even. On CPUs without fast bfloat16 dot
  *            products BF16 meets MXFP4 and int8 weights as 16-bit integers: what is below a 128th of the power of two
- *            in its block's largest magnitude is rounded to 2^-14 of that power, in addition.
+ *            in its block's largest magnitude is rounded to 2^-14 of that power, in addition (of the next power where
+ *            that magnitude's eight bits are all ones).
  */
 #ifndef MXMOE_H
 #define MXMOE_H
