@@ -263,6 +263,50 @@ def test_any_magnitude_gives_the_same_bits(isa, gate_up, down, magnitudes, activ
     assert identical(alone, want[7:8])
 
 
+def same_bits_packed(weights, x, activations, **options):
+    """Twenty tokens to each of two experts, weights as stored and packed, and one of the tokens alone."""
+    ids, shares = np.arange(2, dtype=np.int32).repeat(20)[:, None], np.ones((40, 1), np.float32)
+    packed = weights | packed_matrix("gate_up", weights) | packed_matrix("down", weights)
+    options |= {"activations": activations}
+    want = ops.mxfp4_moe(x, ids, shares, **weights, **options)
+    assert identical(ops.mxfp4_moe(x, ids, shares, **packed, **options), want)
+    assert identical(ops.mxfp4_moe(x[7:8], ids[7:8], shares[7:8], **packed, **options), want[7:8])
+    return want
+
+
+@pytest.mark.parametrize("base", [104, 107, 124, 144, 146])
+@pytest.mark.parametrize("activations", MODES)
+def test_scales_near_each_other_give_the_same_bits(isa, base, activations):
+    """Integers can have scales within three binades in them; here all do but those of one row in the middle of K."""
+    rng = np.random.default_rng(base)
+    weights = moe_weights(rng, 1120, 64, experts=2)
+    for name in ("gate_up", "down"):
+        weights[f"{name}_scales"][:] = base + rng.integers(0, 4, weights[f"{name}_scales"].shape)
+        weights[f"{name}_bias"][:] = 0
+    weights["gate_up_scales"][1, 36, 16:18] = base, base + 4
+    x = normal(rng, (40, 1120))
+    x[:, 320:352] = 0
+    x[20:] *= np.float32(2.0**-40)
+    want = same_bits_packed(weights, x, activations, swiglu_limit=1e30)
+    assert np.isfinite(want).all() and len(np.unique(want)) > want.size / 2
+
+
+@pytest.mark.parametrize("activations", MODES)
+def test_sums_too_small_for_larger_scales_stay_as_they_are(isa, activations):
+    """Zeros under scales of 2^20 behind products of about 2^-115, which 2^-20 times that cannot hold."""
+    rng = np.random.default_rng(0)
+    weights = moe_weights(rng, 32, 1120, experts=2)
+    weights["gate_up_blocks"][:] = 0
+    wanted = np.zeros((2, 1120, 2), np.float32)  # of a gate of x and an up of 0, x / 2 with an alpha of 0
+    wanted[:, :512, 0] = normal(rng, (2, 512)) * np.float32(2.0**-19)
+    weights["gate_up_bias"] = wanted.reshape(2, 2240)
+    weights["down_bias"] = np.zeros((2, 32), np.float32)
+    weights["down_scales"][:, :, :16] = 27
+    weights["down_scales"][:, :, 16:] = 147
+    want = same_bits_packed(weights, normal(rng, (40, 32)), activations, swiglu_alpha=0.0)
+    assert 2.0**-120 < np.median(np.abs(want)) < 2.0**-110
+
+
 # Layers that hold packed weights
 
 

@@ -54,19 +54,18 @@ struct SplitI16 : ByteTokens {
   static __m512 scale(const char* p) { return F::scale(p); }
 };
 
-// Codes doubled to be integers: the activations' scales are halved for it. Raised by 12, as those that meet bytes
-// are.
+// Codes doubled to be integers: the activations' scales are halved for it. Raised as those that meet bytes are.
 struct PanelI16Mxfp4 : WordDots {
   using Few = SplitI16<PanelI8Mxfp4>;
   static constexpr CodeOrder kFewOrder = CodeOrder::kPacked;
-  static constexpr int kPackedBytes = kPackedMxfp4Bytes, kRaise = 12;
+  static constexpr int kPackedBytes = kPackedMxfp4Bytes, kRaise = PanelI8Mxfp4::kRaise;
   static constexpr bool kEvenFirst = false;
   static constexpr float kUnit = 0.5f;
   // The permute looks at the low five bits of a word, the fifth of which is part of another code: the table stands
   // twice.
   static MXMOE_INLINE __m512i decode(__m512i words) {
     const __m512i table =
-        _mm512_broadcast_i64x4(_mm256_setr_epi16(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
+        _mm512_broadcast_i64x4(_mm256_setr_epi16(96, 97, 98, 99, 100, 102, 104, 108, 96, 95, 94, 93, 92, 90, 88, 84));
     return _mm512_permutexvar_epi16(words, table);
   }
   template <int v, class Load>

@@ -1,12 +1,11 @@
 // Products of int8 activations by panels, with vpdpbusd: weights are raised to be unsigned bytes, four values of K a
 // lane. Included after panels_avx512x.inl.
 
-// A block's scale of the weights times that of the activations.
+// A block's scale of the weights, unless they have it in them, times that of the activations.
 template <bool kFold>
 MXMOE_INLINE __m512 both_scales(__m512 weights, const float& activations) {
-  if (!kFold) return _mm512_mul_ps(weights, _mm512_set1_ps(activations));
-  const __m512i exponents = _mm512_sub_epi32(_mm512_castps_si512(weights), _mm512_set1_epi32(0x3f800000));
-  return _mm512_castsi512_ps(_mm512_add_epi32(exponents, broadcast_dword(&activations)));
+  const __m512 of_token = _mm512_set1_ps(activations);
+  return kFold ? of_token : _mm512_mul_ps(weights, of_token);
 }
 
 struct ByteDots : DwordTokens {
@@ -20,31 +19,51 @@ struct ByteDots : DwordTokens {
   }
 };
 
-// Codes raised by 12 to be unsigned, and doubled to be integers: the activations' scales are halved for it.
+// Codes doubled to be integers: the activations' scales are halved for it. Raised by 96 to be unsigned, also when
+// they are scaled up by three binades.
 struct PanelI8Mxfp4 : ByteDots {
   using Few = PanelI8Mxfp4;
   static constexpr bool kInteger = true, kScaled = true, kDecoded = true, kPowers = true;
   static constexpr int kGroup = 6, kVectors = 8, kChunk = 16, kPackedBytes = kPackedMxfp4Bytes;
-  static MXMOE_INLINE __m512i decode(__m512i codes) {
-    const __m512i table =
-        _mm512_broadcast_i32x4(_mm_setr_epi8(12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0));
+  static constexpr int kRaise = 96, kFoldedBinades = 3;
+  static MXMOE_INLINE __m512i look_up(__m512i codes, int raise) {
+    const auto byte = [&](int value) { return static_cast<char>(raise + value); };
+    const __m512i table = _mm512_broadcast_i32x4(_mm_setr_epi8(byte(0), byte(1), byte(2), byte(3), byte(4), byte(6),
+                                                               byte(8), byte(12), byte(0), byte(-1), byte(-2),
+                                                               byte(-3), byte(-4), byte(-6), byte(-8), byte(-12)));
     return _mm512_shuffle_epi8(table, _mm512_and_si512(codes, _mm512_set1_epi8(15)));
+  }
+  static MXMOE_INLINE __m512i decode(__m512i codes) { return look_up(codes, kRaise); }
+  // What is raised by no more than it takes can be shifted up, each lane by its row's exponent, without touching the
+  // byte above, and is raised further then.
+  static constexpr int kLeastRaise = 12;
+  struct Lift {
+    __m512i shift, add;
+  };
+  static MXMOE_INLINE Lift lift(__m512i exponents) {
+    const __m512i raised = _mm512_sllv_epi32(_mm512_set1_epi8(kLeastRaise), exponents);
+    return {exponents, _mm512_sub_epi32(_mm512_set1_epi8(kRaise), raised)};
+  }
+  template <int v, class Load>
+  static MXMOE_INLINE __m512i nibbles(const Load& dword) {
+    return v % 2 == 0 ? dword(v / 2) : _mm512_srli_epi16(dword(v / 2), 4);
   }
   template <int v, class Load>
   static MXMOE_INLINE __m512i vector(const Load& dword) {
-    return decode(v % 2 == 0 ? dword(v / 2) : _mm512_srli_epi16(dword(v / 2), 4));
+    return decode(nibbles<v>(dword));
+  }
+  template <int v, class Load>
+  static MXMOE_INLINE __m512i vector(const Load& dword, const Lift& lift) {
+    const __m512i raised = look_up(nibbles<v>(dword), kLeastRaise);
+    return _mm512_add_epi32(_mm512_sllv_epi32(raised, lift.shift), lift.add);
   }
   static __m512 scale(const char* p) { return packed_e8m0_scale(p); }
-  // Every product of two scales is a normal number.
+  // Sums, and what they leave when they cancel, are multiples of 2^-23 of the smallest scales' product, 2^-103 or
+  // more, and below 2^56 times the largest's for any K below 2^40: all are normal numbers, also when they are 2^20
+  // times as large or small, in units of their rows.
   static bool folds(const ScaleRange& weights, const ScaleRange& activations) {
-    constexpr int kBias = 127, kTop = 254;
-    const auto normal = [](int32_t exponent) { return exponent > 0 && exponent <= kTop; };
-    for (const int32_t w : {exponent_of(weights.lowest), exponent_of(weights.highest)}) {
-      for (const int32_t a : {exponent_of(activations.lowest), exponent_of(activations.highest)}) {
-        if (!normal(w) || !normal(a) || !normal(w + a - kBias)) return false;
-      }
-    }
-    return true;
+    return exponent_of(weights.lowest) >= 127 - 20 && exponent_of(weights.highest) <= 127 + 20 &&
+           exponent_of(activations.lowest) >= 127 - 60 && exponent_of(activations.highest) <= 127 + 20;
   }
   static void unpack(const StoredPanel& panel, int64_t block, int64_t, uint8_t* out, int stride) {
     const Dwords codes = gather_dwords(panel, block * kMxBlockBytes);

@@ -75,6 +75,11 @@ inline __m512 packed_bf16_scale(const char* p) {
   return from_bf16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))).v;
 }
 
+// Of a power of two that is neither subnormal nor 2^127.
+inline __m512 inverse_power(__m512 power) {
+  return _mm512_castsi512_ps(_mm512_sub_epi32(_mm512_set1_epi32(0x7f000000), _mm512_castps_si512(power)));
+}
+
 // Blocks [first, first + count) of scales as stored, into [block][row] with `stride` floats from block to block.
 inline void stored_e8m0_scales(const StoredPanel& panel, int64_t first, int count, float* out, int stride) {
   Dwords bytes{};
@@ -108,20 +113,34 @@ inline ScaleRange join(const ScaleRange& a, const ScaleRange& b) {
   return {a.lowest < b.lowest ? a.lowest : b.lowest, a.highest > b.highest ? a.highest : b.highest};
 }
 
-// Of some blocks' sixteen e8m0 scales, `stride` bytes apart.
-inline ScaleRange e8m0_range(const char* scales, int64_t stride, int blocks) {
-  __m128i lowest = _mm_set1_epi8(-1), highest = _mm_setzero_si128();
+// The lowest and highest of each of sixteen rows' e8m0 scales.
+struct E8m0Ranges {
+  __m128i lowest, highest;
+  bool within(int binades) const {
+    const __m128i wider = _mm_subs_epu8(_mm_sub_epi8(highest, lowest), _mm_set1_epi8(static_cast<char>(binades)));
+    return _mm_testz_si128(wider, wider) != 0;
+  }
+};
+
+// Of some blocks, `stride` bytes apart.
+inline E8m0Ranges e8m0_ranges(const char* scales, int64_t stride, int blocks) {
+  E8m0Ranges all = {_mm_set1_epi8(-1), _mm_setzero_si128()};
   for (int b = 0; b < blocks; ++b) {
     const __m128i x = _mm_loadu_si128(reinterpret_cast<const __m128i*>(scales + b * stride));
-    lowest = _mm_min_epu8(lowest, x), highest = _mm_max_epu8(highest, x);
+    all.lowest = _mm_min_epu8(all.lowest, x), all.highest = _mm_max_epu8(all.highest, x);
   }
+  return all;
+}
+
+// Of all rows.
+inline ScaleRange e8m0_range(const E8m0Ranges& rows) {
   // The largest are the smallest of what is left to 255.
   const auto smallest = [](__m128i bytes16) {
     const __m128i words = _mm_min_epu8(bytes16, _mm_srli_epi16(bytes16, 8));
     return _mm_cvtsi128_si32(_mm_minpos_epu16(_mm_and_si128(words, _mm_set1_epi16(255)))) & 255;
   };
   const auto bits = [](int byte) { return byte == 0 ? 0x00400000 : byte << 23; };
-  return {bits(smallest(lowest)), bits(255 - smallest(_mm_xor_si128(highest, _mm_set1_epi8(-1))))};
+  return {bits(smallest(rows.lowest)), bits(255 - smallest(_mm_xor_si128(rows.highest, _mm_set1_epi8(-1))))};
 }
 
 // Prepared rows end with the range of what a product's scales meet there: the scales of an int8 row's blocks, the
@@ -141,6 +160,7 @@ inline __m512i broadcast_dword(const void* p) {
 // Activations of which each vector of weights meets one dword.
 struct DwordTokens {
   using Dot = __m512i;
+  using Lift = __m512i;
   static constexpr int kTokenBytes = 4;
   static const char* row(const PreparedRows& a, int64_t row) {
     return static_cast<const char*>(a.values) + row * a.value_stride;
@@ -150,13 +170,13 @@ struct DwordTokens {
 
 // A format is a class of static members:
 // kInteger: sums are integers, and activations have a scale a block (BlockMeta). kScaled: weights have one.
-// kPowers: the scales of the weights are powers of two. Where folds() says that nothing can overflow or vanish, their
-// exponents are added instead of multiplying sums by them: to the activations' scales in an int8 product, to the
-// weights themselves, as they are decoded for many tokens, in one of bfloat16. The bits are the same.
-// kGroup: how many tokens are worked on at a time, with two panels. kDecoded: for many, vectors are kept in a chunk.
-// kVectors vectors make a block of a panel; a lane has some values of K, of which product() adds up the products with
-// what token() has of the activations, in a Dot that begins as start() has it.
-// Few: the format that a few tokens take, of the same bits, from the same prepared rows.
+// kPowers: the scales of the weights are powers of two. Where folds() says that nothing can overflow or vanish,
+// weights are scaled as they are decoded for many tokens, instead of their products. The bits are the same. Weights
+// that stay integers are scaled up from a unit of their row, the smallest of a chunk's scales, by kFoldedBinades at
+// most, and sums kept in that unit meanwhile. kGroup: how many tokens are worked on at a time, with two panels.
+// kDecoded: for many, vectors are kept in a chunk. kVectors vectors make a block of a panel; a lane has some values
+// of K, of which product() adds up the products with what token() has of the activations, in a Dot that begins as
+// start() has it. Few: the format that a few tokens take, of the same bits, from the same prepared rows.
 // vector<v>(dwords) makes the v-th from the packed dwords of the block; unpack() writes all of a stored block.
 // add_scaled() adds a block's products to a sum, both scaled.
 
@@ -179,6 +199,7 @@ struct ChunkSource {
   MXMOE_INLINE __m512 scale(int block, int panel) const {
     return _mm512_load_ps(chunk.scales + (block * P + panel) * kPanelRows);
   }
+  MXMOE_INLINE __m512 unit(int panel) const { return _mm512_load_ps(chunk.scales + panel * kPanelRows); }
   void begin(int) const {}
   template <int v>
   void fetch(int) const {}
@@ -233,18 +254,19 @@ struct PackedSource {
   }
 };
 
-// As packed, and leaves what it decodes in a chunk; with kFold the scales are part of it.
+// As packed, and leaves what it decodes in a chunk; with kFold the scales are part of it, and those of the chunk are
+// the rows' units.
 template <class F, int P, bool kFold>
 struct DecodingSource {
   PackedSource<F, P, false> from;
   Chunk<F>& chunk;
-  __m512i lowered[P] = {};
+  typename F::Lift lift[P] = {};
   template <int v>
   MXMOE_INLINE __m512i vector(int block, int panel) const {
     __m512i decoded;
-    if constexpr (kFold && !F::kInteger) {
+    if constexpr (kFold) {
       const char* p = from.block_at(block, panel);
-      decoded = F::template vector<v>([&](int i) { return _mm512_loadu_si512(p + 64 * i); }, lowered[panel]);
+      decoded = F::template vector<v>([&](int i) { return _mm512_loadu_si512(p + 64 * i); }, lift[panel]);
     } else {
       decoded = from.template vector<v>(block, panel);
     }
@@ -256,9 +278,14 @@ struct DecodingSource {
     _mm512_store_ps(chunk.scales + (block * P + panel) * kPanelRows, decoded);
     return decoded;
   }
+  MXMOE_INLINE __m512 unit(int panel) const { return ChunkSource<F, P>{chunk}.unit(panel); }
   MXMOE_INLINE void begin(int block) {
-    if constexpr (kFold && !F::kInteger) {
-      for (int p = 0; p < P; ++p) lowered[p] = F::lowered(from.scale(block, p));
+    if constexpr (kFold) {
+      for (int p = 0; p < P; ++p) {
+        const __m512i above =
+            _mm512_sub_epi32(_mm512_castps_si512(from.scale(block, p)), _mm512_castps_si512(unit(p)));
+        lift[p] = F::lift(_mm512_srai_epi32(above, 23));
+      }
     }
   }
   template <int v>
@@ -296,10 +323,16 @@ inline void multiply(const Source& from, const PreparedRows& a, const int64_t* r
   const char* x[M];
   const BlockMeta* meta[M];
   __m512 sum[M][P];
+  constexpr bool kScale = F::kScaled && !kFold;
+  constexpr bool kUnits = kFold && F::kInteger;
+  static_assert(!kUnits || kHeld<M>);
   for (int m = 0; m < M; ++m) {
     x[m] = F::row(a, rows[m]) + first * F::kVectors * F::kTokenBytes;
     meta[m] = reinterpret_cast<const BlockMeta*>(a.scales + rows[m] * a.block_stride) + first;
-    for (int p = 0; p < P && kHeld<M>; ++p) sum[m][p] = _mm512_load_ps(acc + m * kTileRows + p * kPanelRows);
+    for (int p = 0; p < P && kHeld<M>; ++p) {
+      sum[m][p] = _mm512_load_ps(acc + m * kTileRows + p * kPanelRows);
+      if constexpr (kUnits) sum[m][p] = _mm512_mul_ps(sum[m][p], inverse_power(source.unit(p)));
+    }
   }
   for (int b = 0; b < blocks; ++b) {
     source.begin(b);
@@ -309,7 +342,6 @@ inline void multiply(const Source& from, const PreparedRows& a, const int64_t* r
     }
     multiply_block<F, P, M>(source, b, x, dot, std::make_integer_sequence<int, F::kVectors>());
     for (int p = 0; p < P; ++p) {
-      constexpr bool kScale = F::kScaled && (F::kInteger || !kFold);
       const __m512 scale = kScale ? source.scale(b, p) : _mm512_setzero_ps();
       for (int m = 0; m < M; ++m) {
         float* at = acc + m * kTileRows + p * kPanelRows;
@@ -326,7 +358,10 @@ inline void multiply(const Source& from, const PreparedRows& a, const int64_t* r
     }
   }
   for (int m = 0; m < M && kHeld<M>; ++m) {
-    for (int p = 0; p < P; ++p) _mm512_store_ps(acc + m * kTileRows + p * kPanelRows, sum[m][p]);
+    for (int p = 0; p < P; ++p) {
+      if constexpr (kUnits) sum[m][p] = _mm512_mul_ps(sum[m][p], source.unit(p));
+      _mm512_store_ps(acc + m * kTileRows + p * kPanelRows, sum[m][p]);
+    }
   }
 }
 
@@ -396,12 +431,27 @@ struct PanelProduct {
     return all;
   }
 
-  // Of the scales of some blocks as packed.
+  // Whether the scales of some blocks as packed can be folded into the weights; if so, the chunk's become the rows'
+  // units. `so_far` is whether the sums until now can be in units.
   template <int P>
-  ScaleRange weights_range(int64_t n, int64_t first, int blocks) const {
+  bool folds(int64_t n, int64_t first, int blocks, const ScaleRange& range, bool& so_far, Chunk<F>& chunk) const {
     const char* bytes = scales(n) + first * w.scale_block;
-    const ScaleRange low = e8m0_range(bytes, w.scale_block, blocks);
-    return P == 1 ? low : join(low, e8m0_range(bytes + w.scale_stride, w.scale_block, blocks));
+    E8m0Ranges rows[P];
+    ScaleRange all = kNoScales;
+    bool close = true;
+    for (int p = 0; p < P; ++p) {
+      rows[p] = e8m0_ranges(bytes + p * w.scale_stride, w.scale_block, blocks);
+      all = join(all, e8m0_range(rows[p]));
+      close &= rows[p].within(F::kFoldedBinades);
+    }
+    const bool in_range = F::folds(all, range);
+    if (F::kInteger) so_far &= in_range;
+    if (!in_range || !so_far || !close) return false;
+    for (int p = 0; p < P; ++p) {
+      const __m512 unit = F::kInteger ? e8m0_scale(_mm512_cvtepu8_epi32(rows[p].lowest)) : _mm512_set1_ps(1.0f);
+      _mm512_store_ps(chunk.scales + p * kPanelRows, unit);
+    }
+    return true;
   }
 
   // Some blocks of weights as stored.
@@ -466,6 +516,7 @@ struct PanelProduct {
     const int64_t blocks = (k + kMxBlock - 1) / kMxBlock;
     // Enough work to fetch the next chunk behind it, and to decode this one for.
     const bool many = count > (F::kDecoded ? 2 * kFew : 4 * kFew);
+    bool so_far = true;
     for (int64_t b = 0; b < blocks; b += F::kChunk) {
       const int some = static_cast<int>(blocks - b < F::kChunk ? blocks - b : F::kChunk);
       Ahead ahead{{nullptr, nullptr}, 0, 0, 0};
@@ -480,7 +531,7 @@ struct PanelProduct {
         multiply_rows<F, P>(source<P, false>(n, b), a, rows, count, b, some, ahead, acc);
       } else {
         bool fold = false;
-        if constexpr (F::kPowers) fold = F::folds(weights_range<P>(n, b, some), range);
+        if constexpr (F::kPowers) fold = folds<P>(n, b, some, range, so_far, chunk);
         const auto run =
             fold ? &PanelProduct::decode_and_multiply<P, F::kPowers> : &PanelProduct::decode_and_multiply<P, false>;
         (this->*run)(rows, count, n, b, some, ahead, chunk, acc);

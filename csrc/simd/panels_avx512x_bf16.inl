@@ -24,14 +24,13 @@ struct PanelBf16Mxfp4 : Bf16Dots {
   }
   static MXMOE_INLINE __m512i decode(__m512i words) { return look_up(words, 0, 0x8000); }
   // The exponents stand in the table as high as they go; what a scale leaves of that is taken off, and zeros stay.
-  static constexpr int kRaised = 125, kExponentBit = 7;
+  static constexpr int kRaised = 125, kExponentBit = 7, kFoldedBinades = 40;
   static MXMOE_INLINE __m512i decode(__m512i words, __m512i lowered) {
     return _mm512_subs_epu16(look_up(words, kRaised << kExponentBit, 0), lowered);
   }
-  // From scales that fold, for both words of a lane.
-  static MXMOE_INLINE __m512i lowered(__m512 scale) {
-    const __m512i exponents = _mm512_srli_epi32(_mm512_castps_si512(scale), 23);
-    const __m512i off = _mm512_sub_epi32(_mm512_set1_epi32(127 + kRaised), exponents);
+  // By how much for scales that fold, given as exponents, for both words of a lane.
+  static MXMOE_INLINE __m512i lift(__m512i exponents) {
+    const __m512i off = _mm512_sub_epi32(_mm512_set1_epi32(kRaised), exponents);
     return _mm512_mullo_epi32(off, _mm512_set1_epi32(0x10001 << kExponentBit));
   }
   // A product, and what sums of products leave when they cancel, is a multiple of 2^-7 of the smallest activation and

@@ -21,7 +21,8 @@ namespace {
 #include "ops/mxfp4_moe/mxfp4_moe_avx512_tiles.inl"
 
 template <CodeOrder kOrder>
-constexpr PrepareFn kI8 = {prepare_panel_i8<12, kOrder, float>, prepare_panel_i8<12, kOrder, bf16>};
+constexpr PrepareFn kI8 = {prepare_panel_i8<PanelI8Mxfp4::kRaise, kOrder, float>,
+                           prepare_panel_i8<PanelI8Mxfp4::kRaise, kOrder, bf16>};
 }  // namespace
 }  // namespace avx512vnni
 
